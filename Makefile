@@ -4,7 +4,7 @@
 SHELL   := /bin/bash
 VENV    ?= .venv
 PYTHON  ?= python3
-PIP     := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP     := $(VENV)/bin/pip install -qq --disable-pip-version-check -c constraints.txt
 BIN     := $(VENV)/bin
 RUN     ?= runs/demo
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)

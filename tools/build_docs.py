@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PROC, SITE, DOCS = ROOT / "_proc", ROOT / "_proc" / "_docs", ROOT / "_docs"
@@ -48,8 +50,26 @@ def to_mathml(page: str) -> str:
 
 def run(*cmd: str) -> None:
     "Run a command in the root; stop the build when it fails."
-    done = subprocess.run(cmd, cwd=ROOT)
+    done = subprocess.run(cmd, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT / "tools")})  # settings.ini names docs_procs
     if done.returncode: sys.exit(done.returncode)
+
+
+def for_smalldocs() -> None:
+    "Leave out of nbdev's output what only Quarto reads: the mathematics option (`to_mathml` does that) and the pages' file names."
+    site = yaml.safe_load((ROOT / "_quarto.yml").read_text("utf-8"))
+    del site["format"]["html"]["html-math-method"]
+    site["metadata-files"] = ["nbdev.yml", "sidebar.yml"]
+    (PROC / "_quarto.yml").write_text(yaml.safe_dump(site, sort_keys=False, allow_unicode=True), "utf-8")
+    for p in PROC.glob("*.ipynb"):
+        p.write_text(re.sub(r'"output-file: [^"]*\\n",?\s*', "", p.read_text("utf-8")).replace(r"\noutput-file: ", r"\n# "), "utf-8")
+
+
+def local_links(page: str) -> str:
+    "Links of names to their documentation stay within the site that is being built."
+    pages = {re.sub(r"^\d+_", "", p.stem): p.stem for p in (ROOT / "nbs").glob("*.ipynb")}
+    site = re.escape("https://fundamentallm.github.io/fundamentallm/")
+    page = page.replace("#LNone", "")  # nbdev's link to the source knows the file, not always the line
+    return re.sub(site + r"([\w.]+)\.html", lambda m: f"{pages[m[1]]}.html" if m[1] in pages else m[0], page)
 
 
 def with_smalldocs() -> None:
@@ -61,9 +81,10 @@ def with_smalldocs() -> None:
     refresh_quarto_yml(); _build_modidx(); nbdev_sidebar.__wrapped__()
     shutil.rmtree(PROC, ignore_errors=True)
     proc_nbs(ROOT / "nbs", n_workers=2, force=True)
+    for_smalldocs()
     run("smalldocs", "render", "--quiet", str(PROC))
     run("smalldocs", "check", str(PROC))
-    for p in SITE.rglob("*.html"): p.write_text(to_mathml(p.read_text("utf-8")), "utf-8")
+    for p in SITE.rglob("*.html"): p.write_text(local_links(to_mathml(p.read_text("utf-8"))), "utf-8")
     shutil.rmtree(DOCS, ignore_errors=True); shutil.move(SITE, DOCS)
 
 
@@ -75,6 +96,7 @@ def check_site() -> None:
         bad += [f"{p.name}: loads {u}" for u in re.findall(r'<(?:script|img)[^>]*\ssrc="(https?://[^"]+)"', text)]
         bad += [f"{p.name}: loads {u}" for u in re.findall(r'<link[^>]*rel="stylesheet"[^>]*href="(https?://[^"]+)"', text)]
         bad += [f"{p.name}: a picture without alt text: {t[:90]}" for t in re.findall(r"<img[^>]*>", text) if not re.search(r'alt="[^"]+"', t)]
+        if re.match(r"\d\d_", p.name) and "float:right; font-size:smaller" not in text: bad.append(f"{p.name}: no API reference")
         bad += [f"{p.name}: mathematics left as TeX: {t[:60]}" for t in re.findall(r'<span class="math[^>]*>.{0,60}', text)]
     for b in bad: print("  ", b)
     if bad: sys.exit(1)

@@ -78,14 +78,14 @@ def check_function(where: str, lines: list[str], f: ast.FunctionDef | ast.AsyncF
         if a.arg not in ("self", "cls") and not commented(lines, a): yield f"{where}: parameter {a.arg} has no comment on its line saying what it is"
 
 
-def check_class(where: str, lines: list[str], c: ast.ClassDef) -> Iterator[str]:
+def check_class(where: str, lines: list[str], c: ast.ClassDef, inherited: set[str]) -> Iterator[str]:
     "Docstring, documented methods, and a comment or a description for each field of a dataclass or pydantic model."
     if not ast.get_docstring(c): yield f"{where}: no docstring"
-    typed = any("dataclass" in ast.unparse(d) for d in c.decorator_list) or any(ast.unparse(b).endswith(("BaseModel", "Group", "Config")) for b in c.bases)
+    typed = any("dataclass" in ast.unparse(d) for d in c.decorator_list) or any(ast.unparse(b).endswith(("BaseModel", "Settings")) for b in c.bases)
     for n in c.body:
-        if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef) and (not n.name.startswith("_") or n.name == "__init__"):
+        if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef) and (not n.name.startswith("_") or n.name == "__init__") and n.name not in inherited:
             yield from check_function(f"{where}.{n.name}", lines, n)
-        elif typed and isinstance(n, ast.AnnAssign) and not ast.unparse(n.target).startswith(("_", "model_config")):
+        elif typed and isinstance(n, ast.AnnAssign) and not ast.unparse(n.target).startswith(("_", "model_config")) and "ClassVar" not in ast.unparse(n.annotation):
             if "description=" not in ast.unparse(n) and not commented(lines, n): yield f"{where}.{ast.unparse(n.target)}: say what it is and its unit, in a comment or Field(description=...)"
 
 
@@ -94,10 +94,14 @@ def check_documented() -> Iterator[str]:
     for p in sorted(LIB.rglob("*.py")):
         if p.name.startswith("_"): continue
         text = p.read_text("utf-8"); lines = text.splitlines()
-        for n in ast.parse(text).body:
+        body = ast.parse(text).body
+        methods = {c.name: {m.name for m in c.body if isinstance(m, ast.FunctionDef)} for c in body if isinstance(c, ast.ClassDef)}
+        for n in body:
             if not isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or n.name.startswith("_"): continue
             where = f"{p.relative_to(ROOT)}:{n.lineno} {n.name}"
-            yield from check_class(where, lines, n) if isinstance(n, ast.ClassDef) else check_function(where, lines, n)
+            if isinstance(n, ast.ClassDef):  # a method that a documented base of the same module has inherits its documentation
+                yield from check_class(where, lines, n, set().union(*(methods.get(ast.unparse(b), set()) for b in n.bases)))
+            else: yield from check_function(where, lines, n)
 
 
 def check_stars() -> Iterator[str]:
@@ -122,7 +126,8 @@ def state() -> dict[Path, str]:
 def check_drift() -> Iterator[str]:
     "Exporting, cleaning and writing the README change nothing: notebook, module and README say the same."
     before = state()
-    for cmd in (["nbdev_export"], ["nbdev_clean"], [sys.executable, str(ROOT / "tools" / "build_docs.py"), "--readme"]):
+    bin = Path(sys.executable).parent
+    for cmd in ([str(bin / "nbdev_export")], [str(bin / "nbdev_clean")], [sys.executable, str(ROOT / "tools" / "build_docs.py"), "--readme"]):
         done = subprocess.run(cmd, cwd=ROOT, capture_output=True, text=True)
         if done.returncode: yield f"{cmd[0]} failed: {(done.stderr or done.stdout).strip().splitlines()[-1:]}"
     after = state()

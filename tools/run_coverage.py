@@ -17,7 +17,7 @@ def main() -> int:
     env = {**os.environ, "MPLBACKEND": "Agg", "COVERAGE_PROCESS_START": str(ROOT / "pyproject.toml"), "COVERAGE_CORE": "ctrace"}
     run = [sys.executable, "-m", "coverage"]
     subprocess.run([*run, "erase"], cwd=ROOT, check=True)
-    tests = subprocess.run([*run, "run", "-m", "pytest", "tests", "tests/notebook_cells.py", "--durations=5"], cwd=ROOT, env=env).returncode
+    tests = subprocess.run([*run, "run", "-m", "pytest", "-o", "python_files=test_*.py notebook_cells.py", "tests", "--durations=5"], cwd=ROOT, env=env).returncode
     subprocess.run([*run, "combine", "--quiet"], cwd=ROOT, check=False)
     report = subprocess.run([*run, "report", "--show-missing", f"--fail-under={FLOOR}"], cwd=ROOT).returncode
     if tests: print("some tests failed: the coverage figure is of a failed run")
