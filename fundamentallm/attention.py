@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from .core import ConfigError, DataError
 
 # %% auto #0
-__all__ = ['Rotate', 'attention_scores', 'causal_mask', 'masked_softmax', 'repeat_kv', 'reference_attention', 'attention',
-           'KVCache', 'Attention']
+__all__ = ['Rotate', 'Attend', 'attention_scores', 'causal_mask', 'masked_softmax', 'repeat_kv', 'reference_attention',
+           'attention', 'KVCache', 'Attention']
 
 # %% ../nbs/20_attention.ipynb #bf5e23c3
 def attention_scores(
@@ -145,6 +145,7 @@ class KVCache:
 
 # %% ../nbs/20_attention.ipynb #616ee608
 Rotate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (q, k) -> (q, k), each (B, H or H_kv, T, D)
+Attend = Callable[..., Tensor]  # (q, k, v, *, causal, dropout) -> (B, H, T_q, D): `attention`, or another that gives the same
 
 def _check_heads(dim: int, n_heads: int, n_kv_heads: int, d_head: int | None) -> None:
     "Raise ConfigError where the heads cannot be equal."
@@ -180,14 +181,14 @@ class Attention(nn.Module):
         x: Tensor,  # (B, T, C)
         *,
         rotate: Rotate | None = None,  # turns queries and keys by their position (RoPE)
-        bias: Tensor | None = None,  # added to the scores, (H, T_q, T_k) (ALiBi)
+        attend: Attend = attention,  # mixes the values: with a bias on the scores (ALiBi), by another kernel
         cache: KVCache | None = None,  # what came before `x`; it is extended
     ) -> Tensor:  # (B, T, C)
         "Mix each position with those before it."
         q, k, v = self.heads(x)
         if rotate is not None: q, k = rotate(q, k)
         if cache is not None: k, v = cache.append(k, v)
-        y = attention(q, k, v, causal=True, bias=bias, dropout=self.dropout if self.training else 0.0)
+        y = attend(q, k, v, causal=True, dropout=self.dropout if self.training else 0.0)
         mixed: Tensor = self.out(y.transpose(1, 2).flatten(2))  # (B, H, T, D) -> (B, T, H D) -> (B, T, C)
         return mixed
 

@@ -189,7 +189,7 @@ def hf_config(
     kind = hf_type(c)
     head = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "gpt2": "GPT2LMHeadModel"}
     common = {"model_type": kind, "architectures": [head.get(kind, "LanguageModel")], "vocab_size": c.vocab_size, "dtype": "float32",
-              "tie_word_embeddings": c.tie, "fundamentallm": c.model_dump(mode="json")}
+              "tie_word_embeddings": c.tie, "fundamentallm": c.model_dump(mode="json", exclude={"impl"})}
     if tokenizer: common |= {f"{n}_token_id": getattr(tokenizer, f"{n}_id") for n in ("bos", "eos", "pad")}
     if kind == "gpt2":
         return common | {"n_positions": c.context, "n_embd": c.dim, "n_layer": c.n_layers, "n_head": c.n_heads, "n_inner": c.ff_dim,
@@ -298,6 +298,7 @@ def load_model(
     dir: str | Path,             # a checkpoint
     device: torch.device | str = "cpu",  # where to put it
     check: bool = True,          # compare every file with the manifest first
+    impl: str = "auto",          # the engine it runs on here: "auto" | "triton" | "torch"
 ) -> LanguageModel:              # in evaluation mode
     "The model of a checkpoint. CheckpointError names the file that is missing or damaged. The global random state is not touched."
     dir = Path(dir)
@@ -305,7 +306,7 @@ def load_model(
     ours = _read_json(dir/"config.json").get("fundamentallm")
     if not isinstance(ours, dict): raise _damaged(dir/"config.json", "it was not written by FundamentaLLM")
     try:
-        with torch.random.fork_rng(devices=[]): model = LanguageModel(ModelConfig(**ours))
+        with torch.random.fork_rng(devices=[]): model = LanguageModel(ModelConfig(**{**ours, "impl": impl}))
         model.load_state_dict(from_hf_state(model.config, _load_tensors(dir/"model.safetensors")))
     except ConfigError as e: raise _damaged(dir/"config.json", str(e)) from None
     except (CheckpointError, RuntimeError) as e:
@@ -333,13 +334,14 @@ class Checkpoint:
 def load_checkpoint(
     dir: str | Path,                     # a checkpoint
     device: torch.device | str = "cpu",  # where to put the model; the state stays on the CPU
+    impl: str = "auto",                  # the engine the model runs on: "auto" | "triton" | "torch"
 ) -> Checkpoint:                         # everything in it
     "Read a checkpoint back, every file verified. CheckpointError names what is wrong."
     dir = Path(dir)
     verify(dir)
     plain = _read_json(dir/"training_state.json")
     state = unpack(plain["state"], _load_tensors(dir/"training_state.safetensors"))
-    return Checkpoint(load_model(dir, device, check=False), load_tokenizer(dir), plain["step"], plain["metrics"], state)
+    return Checkpoint(load_model(dir, device, check=False, impl=impl), load_tokenizer(dir), plain["step"], plain["metrics"], state)
 
 # %% ../nbs/42_checkpoint.ipynb #names
 STEP = re.compile(r"step-(\d{6,})")

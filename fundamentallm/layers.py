@@ -11,8 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import Attention, KVCache, Rotate
+from .attention import Attend, Attention, KVCache, Rotate, attention
 from .core import ConfigError
+from .kernels.glu import glu
+from .kernels.gpu import use_triton
+from .kernels.norm import layer_norm as fused_layer_norm
+from .kernels.norm import rms_norm as fused_rms_norm
 
 # %% auto #0
 __all__ = ['rms_norm', 'RMSNorm', 'LayerNorm', 'make_norm', 'rope_tables', 'sinusoidal_positions', 'apply_rope', 'alibi_slopes',
@@ -40,8 +44,10 @@ def rms_norm(
     x: Tensor,  # (..., C)
     weight: Tensor,  # (C,)
     eps: float = 1e-6,  # added to the mean square under the root
+    impl: str = "auto",  # "auto" | "triton" | "torch"
 ) -> Tensor:  # (..., C)
-    "x / rms(x) * weight. In fp32 on a CPU a hand-written backward; PyTorch's fused kernel or formula anywhere else."
+    "x / rms(x) * weight: by Triton on a GPU, by a hand-written backward in fp32 on a CPU, by PyTorch anywhere else."
+    if use_triton("rms_norm", impl, {"x": x, "weight": weight}): return fused_rms_norm(x, weight, eps, impl="triton")  # type: ignore[return-value]
     if x.is_cpu and x.dtype == weight.dtype == torch.float32 and x.ndim > 1:
         y: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
         return y
@@ -55,16 +61,28 @@ class RMSNorm(nn.Module):
         self,
         dim: int,  # C, width of the vectors
         eps: float = 1e-6,  # added to the mean square under the root
+        impl: str = "auto",  # "auto" | "triton" | "torch"
     ) -> None:
         super().__init__()
-        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
+        self.eps, self.weight, self.impl = eps, nn.Parameter(torch.ones(dim)), impl
 
     def forward(
         self,
         x: Tensor,  # (..., C)
     ) -> Tensor:  # (..., C)
         "Normalise over the last axis."
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, self.impl)
+
+    def add(
+        self,
+        x: Tensor,  # (..., C), what a layer found
+        stream: Tensor,  # (..., C), what it is added to
+    ) -> tuple[Tensor, Tensor]:  # the normalised sum, and the sum
+        "Add, then normalise: one kernel on a GPU, where the sum is not read again."
+        if use_triton("rms_norm", self.impl, {"x": x, "residual": stream}):
+            return fused_rms_norm(x, self.weight, self.eps, residual=stream, impl="triton")  # type: ignore[return-value]
+        total = stream + x
+        return self(total), total
 
 # %% ../nbs/30_layers.ipynb #8e6780af
 class LayerNorm(nn.Module):
@@ -75,9 +93,10 @@ class LayerNorm(nn.Module):
         dim: int,  # C, width of the vectors
         eps: float = 1e-5,  # added to the variance under the root
         bias: bool = True,  # learn a shift too
+        impl: str = "auto",  # "auto" | "triton" | "torch"
     ) -> None:
         super().__init__()
-        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
+        self.eps, self.weight, self.impl = eps, nn.Parameter(torch.ones(dim)), impl
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(
@@ -85,7 +104,20 @@ class LayerNorm(nn.Module):
         x: Tensor,  # (..., C)
     ) -> Tensor:  # (..., C)
         "Normalise over the last axis."
+        if use_triton("layer_norm", self.impl, {"x": x, "weight": self.weight}):
+            return fused_layer_norm(x, self.weight, self.bias, self.eps, impl="triton")  # type: ignore[return-value]
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+    def add(
+        self,
+        x: Tensor,  # (..., C), what a layer found
+        stream: Tensor,  # (..., C), what it is added to
+    ) -> tuple[Tensor, Tensor]:  # the normalised sum, and the sum
+        "Add, then normalise: one kernel on a GPU, where the sum is not read again."
+        if use_triton("layer_norm", self.impl, {"x": x, "residual": stream}):
+            return fused_layer_norm(x, self.weight, self.bias, self.eps, residual=stream, impl="triton")  # type: ignore[return-value]
+        total = stream + x
+        return self(total), total
 
 # %% ../nbs/30_layers.ipynb #c4cb374a
 def make_norm(
@@ -93,10 +125,11 @@ def make_norm(
     dim: int,  # C, width of the vectors
     bias: bool = False,  # layernorm: learn a shift too
     eps: float = 1e-5,  # added under the root
+    impl: str = "auto",  # "auto" | "triton" | "torch"
 ) -> RMSNorm | LayerNorm:  # a new norm
     "The norm of that name. Raises ConfigError for one there is not."
-    if name == "rmsnorm": return RMSNorm(dim, eps)
-    if name == "layernorm": return LayerNorm(dim, eps, bias)
+    if name == "rmsnorm": return RMSNorm(dim, eps, impl)
+    if name == "layernorm": return LayerNorm(dim, eps, bias, impl)
     raise ConfigError(f"norm={name!r} is not known: use rmsnorm or layernorm")
 
 # %% ../nbs/30_layers.ipynb #02fd491c
@@ -159,8 +192,10 @@ class SwiGLU(nn.Module):
         dim: int,  # C, width of the input and the output
         hidden: int,  # F, width between
         bias: bool = False,  # biases in the linear layers
+        impl: str = "auto",  # "auto" | "triton" | "torch"
     ) -> None:
         super().__init__()
+        self.impl = impl
         self.gate_up = nn.Linear(dim, 2 * hidden, bias=bias)  # rows: first the gate, then up
         self.down = nn.Linear(hidden, dim, bias=bias)
 
@@ -169,8 +204,7 @@ class SwiGLU(nn.Module):
         x: Tensor,  # (..., C)
     ) -> Tensor:  # (..., C)
         "Each position on its own: widen, gate, narrow."
-        gate, up = self.gate_up(x).chunk(2, -1)  # (..., F) each
-        y: Tensor = self.down(F.silu(gate) * up)
+        y: Tensor = self.down(glu(self.gate_up(x), "silu", impl=self.impl))  # (..., 2F) -> (..., F) -> (..., C)
         return y
 
 # %% ../nbs/30_layers.ipynb #a2b71ee2
@@ -201,9 +235,10 @@ def make_ff(
     dim: int,  # C, width of the input and the output
     hidden: int | None = None,  # F, width between; none = 4 C (gelu), or 8/3 C rounded up to 32 (swiglu)
     bias: bool = False,  # biases in the linear layers
+    impl: str = "auto",  # "auto" | "triton" | "torch"; GELU without a gate has no kernel of its own
 ) -> SwiGLU | MLP:  # a new feed-forward layer
     "The feed-forward layer with that activation. Raises ConfigError for one there is not."
-    if name == "swiglu": return SwiGLU(dim, hidden or -(-8 * dim // 96) * 32, bias)
+    if name == "swiglu": return SwiGLU(dim, hidden or -(-8 * dim // 96) * 32, bias, impl)
     if name == "gelu": return MLP(dim, hidden or 4 * dim, bias)
     raise ConfigError(f"activation={name!r} is not known: use swiglu or gelu")
 
@@ -225,12 +260,13 @@ class Block(nn.Module):
         qk_norm: bool = False,  # RMSNorm on each head's queries and keys
         dropout: float = 0.0,  # in training, of attention weights and of what is added to the stream
         eps: float = 1e-5,  # of all norms
+        impl: str = "auto",  # of norms and activation: "auto" | "triton" | "torch"
     ) -> None:
         super().__init__()
-        self.norm1 = make_norm(norm, dim, bias, eps)
+        self.norm1 = make_norm(norm, dim, bias, eps, impl)
         self.attn = Attention(dim, n_heads, n_kv_heads, bias=bias, qk_norm=qk_norm, eps=eps, dropout=dropout, d_head=d_head)
-        self.norm2 = make_norm(norm, dim, bias, eps)
-        self.ff = make_ff(activation, dim, hidden, bias)
+        self.norm2 = make_norm(norm, dim, bias, eps, impl)
+        self.ff = make_ff(activation, dim, hidden, bias, impl)
         self.dropout = dropout
 
     def forward(
@@ -238,12 +274,13 @@ class Block(nn.Module):
         x: Tensor,  # the residual stream, (B, T, C)
         *,
         rotate: Rotate | None = None,  # turns queries and keys by their position (RoPE)
-        bias: Tensor | None = None,  # added to the attention scores, (H, T_q, T_k) (ALiBi)
+        attend: Attend = attention,  # mixes the values: with a bias on the scores (ALiBi), by another kernel
         cache: KVCache | None = None,  # what came before `x`; it is extended
     ) -> Tensor:  # (B, T, C)
         "Look around, then think: both only add to the stream."
-        x = x + self._drop(self.attn(self.norm1(x), rotate=rotate, bias=bias, cache=cache))
-        return x + self._drop(self.ff(self.norm2(x)))
+        heard = self._drop(self.attn(self.norm1(x), rotate=rotate, attend=attend, cache=cache))
+        h, x = self.norm2.add(heard, x)  # x = x + heard, h = norm2(x)
+        return x + self._drop(self.ff(h))
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x

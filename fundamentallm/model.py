@@ -14,13 +14,17 @@ from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, Va
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import KVCache, Rotate
+from .attention import Attend, KVCache, Rotate, attention
 from .core import ConfigError, DataError
-from .layers import Block, alibi_bias, apply_rope, make_norm, rope_tables, sinusoidal_positions
+from .kernels.flash import flash_attention, flash_decode
+from .kernels.gpu import use_triton
+from .kernels.loss import linear_cross_entropy
+from .kernels.rope import rope
+from .layers import Block, alibi_bias, alibi_slopes, apply_rope, make_norm, rope_tables, sinusoidal_positions
 
 # %% auto #0
-__all__ = ['ModelConfig', 'make_block', 'rotate_heads', 'Positions', 'init_weights', 'LanguageModel', 'n_params', 'count_params',
-           'count_flops', 'flops_per_token']
+__all__ = ['ModelConfig', 'make_block', 'rotate_heads', 'fused_attention', 'Positions', 'init_weights', 'LanguageModel',
+           'n_params', 'count_params', 'count_flops', 'flops_per_token']
 
 # %% ../nbs/31_model.ipynb #e145a966
 def _near(n: int, step: int) -> str:
@@ -46,6 +50,9 @@ def _check_shape(c: ModelConfig) -> None:
     if c.head_dim % two:
         raise ConfigError(f"positions=rope rotates pairs of numbers, but a head has {c.head_dim}, an odd number: "
                           + (f"try dim={_near(c.dim, 2 * c.n_heads)}" if c.d_head is None else f"try d_head={c.head_dim + 1}"))
+    if c.impl == "triton" and (c.dropout or c.head_dim > 256):
+        raise ConfigError(f"model.impl=triton has no dropout of attention weights and heads of 256 numbers at most; here dropout={c.dropout}, "
+                          f"heads of {c.head_dim}: change that, or use impl=auto")
     if c.positions == "sinusoidal" and c.dim % 2:
         raise ConfigError(f"positions=sinusoidal needs an even model.dim, not {c.dim}: try dim={_near(c.dim, 2 if c.d_head else 2 * c.n_heads)}")
 
@@ -82,6 +89,7 @@ class ModelConfig(BaseModel):
     qk_norm: bool = Field(False, description="RMSNorm on each head's queries and keys, before the rotation")
     dropout: float = Field(0.0, ge=0, lt=1, description="fraction of activations zeroed in training")
     tie: bool = Field(True, description="one matrix for the embedding and the head")
+    impl: Literal["auto", "triton", "torch"] = Field("auto", description="engine: Triton kernels, PyTorch, or auto = Triton on a GPU; no weight depends on it")
 
     @model_validator(mode="wrap")
     @classmethod
@@ -113,7 +121,7 @@ def make_block(
 ) -> Block:  # one block of it
     "The block that the configuration asks for."
     return Block(c.dim, c.n_heads, c.kv_heads, hidden=c.ff_dim, d_head=c.head_dim, norm=c.norm, activation=c.activation,
-                 bias=c.bias, qk_norm=c.qk_norm, dropout=c.dropout, eps=c.norm_eps)
+                 bias=c.bias, qk_norm=c.qk_norm, dropout=c.dropout, eps=c.norm_eps, impl=c.impl)
 
 # %% ../nbs/31_model.ipynb #0862dcd6
 def rotate_heads(
@@ -121,22 +129,41 @@ def rotate_heads(
     k: Tensor,    # keys, (B, H_kv, T, D)
     cos: Tensor,  # (T, D/2), from `rope_tables`
     sin: Tensor,  # (T, D/2)
+    impl: str = "auto",  # "auto" | "triton" | "torch"
 ) -> tuple[Tensor, Tensor]:  # both, rotated
-    "RoPE on queries and keys at once: half as many small operations as one after the other, and small ones cost most on a CPU."
+    "RoPE on queries and keys at once: one kernel on a GPU; elsewhere half as many small operations, and small ones cost most on a CPU."
+    if use_triton("rope", impl, {"q": q, "k": k}): return rope(q, k, cos, sin, style="half", impl="triton")
     both = apply_rope(torch.cat((q, k), 1), cos, sin)
     return both[:, :q.shape[1]], both[:, q.shape[1]:]
+
+# %% ../nbs/31_model.ipynb #ed5c9f2a
+def fused_attention(
+    q: Tensor,  # queries, (B, H, T_q, D)
+    k: Tensor,  # keys, (B, H_kv, T_k, D)
+    v: Tensor,  # values, (B, H_kv, T_k, D)
+    *,
+    causal: bool = True,  # hide the future
+    dropout: float = 0.0,  # must be 0: `Positions` sees to it
+    slopes: Tensor | None = None,  # of ALiBi, (H,)
+) -> Tensor:  # (B, H, T_q, D)
+    "Attention by the Triton kernels: flash-decoding for a few queries without gradients, FlashAttention otherwise."
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a normalised query or an old cache may have another precision
+    if causal and q.shape[2] <= 16 and not torch.is_grad_enabled(): return flash_decode(q, k, v, k.shape[2], slopes=slopes, impl="triton")
+    return flash_attention(q, k, v, causal=causal, slopes=slopes, impl="triton")
 
 # %% ../nbs/31_model.ipynb #de6b3b49
 class Positions(nn.Module):
     "What tells positions apart, apart from a learned table: constants, so none of them is trained or saved."
-    cos: Tensor; sin: Tensor; table: Tensor
+    cos: Tensor; sin: Tensor; table: Tensor; slopes: Tensor
 
     def __init__(
         self,
         c: ModelConfig,  # shape of the model
     ) -> None:
         super().__init__()
-        self.kind, self.n_heads, tables = c.positions, c.n_heads, {}
+        self.kind, self.n_heads, self.impl, tables = c.positions, c.n_heads, c.impl, {}
+        self.dropout, self.d_head = c.dropout, c.head_dim
+        if self.kind == "alibi": tables = {"slopes": alibi_slopes(c.n_heads)}
         if self.kind == "rope": tables = dict(zip(("cos", "sin"), rope_tables(c.context, c.head_dim, c.rope_base)))
         if self.kind == "sinusoidal": tables = {"table": sinusoidal_positions(c.context, c.dim)}
         for name, table in tables.items(): self.register_buffer(name, table, persistent=False)
@@ -153,12 +180,17 @@ class Positions(nn.Module):
         self,
         x: Tensor,  # the first block's input, (B, T, C)
         start: int,  # position of the first
-    ) -> tuple[Rotate | None, Tensor | None]:  # a rotation of queries and keys; an additive bias (H, T_q, T_k)
-        "What every attention layer needs to know of positions: computed once for all blocks."
-        stop = start + x.shape[1]
-        if self.kind == "alibi": return None, alibi_bias(self.n_heads, x.shape[1], stop).to(x)
-        if self.kind != "rope": return None, None
-        return partial(rotate_heads, cos=self.cos[start:stop], sin=self.sin[start:stop]), None
+    ) -> tuple[Rotate | None, Attend]:  # a rotation of queries and keys; a way to mix the values
+        "What every attention layer needs to know of positions, and by which engine it runs: decided once for all blocks."
+        T, stop = x.shape[1], start + x.shape[1]
+        rotate = partial(rotate_heads, cos=self.cos[start:stop], sin=self.sin[start:stop], impl=self.impl) if self.kind == "rope" else None
+        if use_triton("flash_attention", self.impl, {"x": x}, self._unsupported()):
+            return rotate, partial(fused_attention, slopes=self.slopes if self.kind == "alibi" else None)
+        return rotate, partial(attention, bias=alibi_bias(self.n_heads, T, stop).to(x)) if self.kind == "alibi" else attention
+
+    def _unsupported(self) -> str:  # what the kernel has not; "" = nothing
+        if self.dropout and self.training: return f"dropout of attention weights (model.dropout={self.dropout})"
+        return f"heads of {self.d_head} numbers (256 at most)" if self.d_head > 256 else ""
 
 # %% ../nbs/31_model.ipynb #18e91e77
 def _check_ids(ids: Tensor, vocab_size: int, what: str = "token id", ignore: int | None = None) -> None:
@@ -198,7 +230,7 @@ class LanguageModel(nn.Module):
         self.pos_embed = nn.Embedding(c.context, c.dim) if c.positions == "learned" else None
         self.drop = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(make_block(c) for _ in range(c.n_layers))
-        self.norm = make_norm(c.norm, c.dim, c.bias, c.norm_eps)
+        self.norm = make_norm(c.norm, c.dim, c.bias, c.norm_eps, c.impl)
         self.head = nn.Linear(c.dim, c.vocab_size, bias=False)
         if c.tie: self.head.weight = self.embed.weight
         self.positions = Positions(c)
@@ -221,9 +253,9 @@ class LanguageModel(nn.Module):
         "The normalised states that the head reads."
         start = cache[0].length if cache else 0
         x = self.drop(self._embed(ids, start))
-        rotate, bias = self.positions(x, start)
+        rotate, attend = self.positions(x, start)
         for i, block in enumerate(self.blocks):
-            x = block(x, rotate=rotate, bias=bias, cache=cache[i] if cache else None)
+            x = block(x, rotate=rotate, attend=attend, cache=cache[i] if cache else None)
         states: Tensor = self.norm(x)
         return states
 
@@ -236,9 +268,7 @@ class LanguageModel(nn.Module):
     ) -> Tensor:  # nats per token; fp32 whatever the model's precision
         "Cross-entropy of the targets. Raises DataError as `forward` does, and for a target outside the vocabulary."
         _check_ids(targets, self.config.vocab_size, "target", ignore_index)
-        logits = self(ids).float()
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=ignore_index, reduction=reduction)
-        return loss.view_as(targets) if reduction == "none" else loss
+        return linear_cross_entropy(self.hidden(ids), self.head.weight, targets, ignore_index=ignore_index, reduction=reduction, impl=self.config.impl)
 
     def new_cache(
         self,

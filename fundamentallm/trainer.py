@@ -31,6 +31,7 @@ from .config import Config, replace, save_config
 from .core import (
     CheckpointError, ConfigError, DataError, FundamentaLLMError, atomic_file, choose_device, choose_dtype, house_style, seed_everything)
 from .dataset import Batches, Ids, TokenShards, eval_batches, read_text, split_tokens
+from .kernels.gpu import use_triton
 from .model import LanguageModel
 from .optim import clip_grad_norm, lr_at, make_optimizer
 from .tokenizer import CharTokenizer, Tokenizer
@@ -679,7 +680,7 @@ def load_resume(
     if not is_run(run): raise CheckpointError(f"{run} is not a run directory: there is nothing to resume; train without --resume")
     saved = list_checkpoints(run)
     if not saved: raise CheckpointError(f"{run} holds no checkpoint yet: begin again with --overwrite")
-    found = load_checkpoint(saved[-1], device)
+    found = load_checkpoint(saved[-1], device, config.model.impl)
     ours, asked = found.model.config.model_dump(), config.model.model_dump()
     changed = [k for k in ours if ours[k] != asked[k] and not (k == "vocab_size" and not asked[k])]
     if changed: raise ConfigError(f"model.{changed[0]}={asked[changed[0]]} but the run has {ours[changed[0]]}: a resumed run keeps its model; leave it out")
@@ -720,6 +721,7 @@ def train(
 ) -> TrainResult:             # losses, speed, place
     "From a text file to a run directory. Everything is checked before anything on disk is touched."
     run, device = Path(run_dir), choose_device(config.train.device)
+    use_triton("model.impl", config.model.impl, {"model": torch.empty(0, device=device)})  # raises if the kernels asked for cannot run there
     if not resume: check_free(run, overwrite)  # before the time it takes to read a long text
     saved = load_resume(config, run, device) if resume else None
     corpus = load_corpus(config, saved.tokenizer if saved else None)
