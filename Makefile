@@ -67,9 +67,8 @@ coverage: $(VENV)/.installed-dev  ## branch coverage of the package over noteboo
 lab: $(VENV)/.installed-lab  ## open the course in JupyterLab
 	@$(BIN)/jupyter lab nbs/00_core.ipynb
 
-gpu: $(VENV)/.installed-dev  ## run the cells and tests that need a GPU, and say so when there is none
-	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "Error: no CUDA device here (torch.cuda.is_available() is False). Run make gpu on a machine with an NVIDIA GPU and a CUDA build of torch.")'
-	@$(BIN)/python tools/run_tests.py --flags gpu
+gpu:             ## every kernel test and benchmark on the GPU of this machine: needs only torch, triton and numpy
+	@PYTHONPATH=$(CURDIR) PYTHONUNBUFFERED=1 $(PYTHON) tools/gpu.py
 
 bench: $(VENV)/.installed-dev  ## speed against a plain PyTorch loop, alternating processes
 	@$(BIN)/fundamentallm bench speed
