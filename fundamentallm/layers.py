@@ -47,7 +47,7 @@ def rms_norm(
     impl: str = "auto",  # "auto" | "triton" | "torch"
 ) -> Tensor:  # (..., C)
     "x / rms(x) * weight: by Triton on a GPU, by a hand-written backward in fp32 on a CPU, by PyTorch anywhere else."
-    if use_triton("rms_norm", impl, {"x": x, "weight": weight}): return fused_rms_norm(x, weight, eps, impl="triton")  # type: ignore[return-value]
+    if use_triton("rms_norm", impl, {"x": x, "weight": weight}): return fused_rms_norm(x, weight, eps, impl=impl)  # type: ignore[return-value]
     if x.is_cpu and x.dtype == weight.dtype == torch.float32 and x.ndim > 1:
         y: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
         return y
@@ -80,7 +80,7 @@ class RMSNorm(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # the normalised sum, and the sum
         "Add, then normalise: one kernel on a GPU, where the sum is not read again."
         if use_triton("rms_norm", self.impl, {"x": x, "residual": stream}):
-            return fused_rms_norm(x, self.weight, self.eps, residual=stream, impl="triton")  # type: ignore[return-value]
+            return fused_rms_norm(x, self.weight, self.eps, residual=stream, impl=self.impl)  # type: ignore[return-value]
         total = stream + x
         return self(total), total
 
@@ -105,7 +105,7 @@ class LayerNorm(nn.Module):
     ) -> Tensor:  # (..., C)
         "Normalise over the last axis."
         if use_triton("layer_norm", self.impl, {"x": x, "weight": self.weight}):
-            return fused_layer_norm(x, self.weight, self.bias, self.eps, impl="triton")  # type: ignore[return-value]
+            return fused_layer_norm(x, self.weight, self.bias, self.eps, impl=self.impl)  # type: ignore[return-value]
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
     def add(
@@ -115,7 +115,7 @@ class LayerNorm(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # the normalised sum, and the sum
         "Add, then normalise: one kernel on a GPU, where the sum is not read again."
         if use_triton("layer_norm", self.impl, {"x": x, "residual": stream}):
-            return fused_layer_norm(x, self.weight, self.bias, self.eps, residual=stream, impl="triton")  # type: ignore[return-value]
+            return fused_layer_norm(x, self.weight, self.bias, self.eps, residual=stream, impl=self.impl)  # type: ignore[return-value]
         total = stream + x
         return self(total), total
 

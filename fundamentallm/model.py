@@ -132,7 +132,7 @@ def rotate_heads(
     impl: str = "auto",  # "auto" | "triton" | "torch"
 ) -> tuple[Tensor, Tensor]:  # both, rotated
     "RoPE on queries and keys at once: one kernel on a GPU; elsewhere half as many small operations, and small ones cost most on a CPU."
-    if use_triton("rope", impl, {"q": q, "k": k}): return rope(q, k, cos, sin, style="half", impl="triton")
+    if use_triton("rope", impl, {"q": q, "k": k}): return rope(q, k, cos, sin, style="half", impl=impl)
     both = apply_rope(torch.cat((q, k), 1), cos, sin)
     return both[:, :q.shape[1]], both[:, q.shape[1]:]
 
@@ -145,11 +145,12 @@ def fused_attention(
     causal: bool = True,  # hide the future
     dropout: float = 0.0,  # must be 0: `Positions` sees to it
     slopes: Tensor | None = None,  # of ALiBi, (H,)
+    impl: str = "auto",  # "auto" | "triton" | "torch": auto leaves to PyTorch what the kernels have not
 ) -> Tensor:  # (B, H, T_q, D)
     "Attention by the Triton kernels: flash-decoding for a few queries without gradients, FlashAttention otherwise."
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a normalised query or an old cache may have another precision
-    if causal and q.shape[2] <= 16 and not torch.is_grad_enabled(): return flash_decode(q, k, v, k.shape[2], slopes=slopes, impl="triton")
-    return flash_attention(q, k, v, causal=causal, slopes=slopes, impl="triton")
+    if causal and q.shape[2] <= 16 and not torch.is_grad_enabled(): return flash_decode(q, k, v, k.shape[2], slopes=slopes, impl=impl)
+    return flash_attention(q, k, v, causal=causal, slopes=slopes, impl=impl)
 
 # %% ../nbs/31_model.ipynb #de6b3b49
 class Positions(nn.Module):
@@ -185,7 +186,7 @@ class Positions(nn.Module):
         T, stop = x.shape[1], start + x.shape[1]
         rotate = partial(rotate_heads, cos=self.cos[start:stop], sin=self.sin[start:stop], impl=self.impl) if self.kind == "rope" else None
         if use_triton("flash_attention", self.impl, {"x": x}, self._unsupported()):
-            return rotate, partial(fused_attention, slopes=self.slopes if self.kind == "alibi" else None)
+            return rotate, partial(fused_attention, slopes=self.slopes if self.kind == "alibi" else None, impl=self.impl)
         return rotate, partial(attention, bias=alibi_bias(self.n_heads, T, stop).to(x)) if self.kind == "alibi" else attention
 
     def _unsupported(self) -> str:  # what the kernel has not; "" = nothing
