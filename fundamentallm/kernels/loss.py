@@ -119,14 +119,16 @@ _BLOCK = 2048  # tokens a program holds at once: 16 numbers a thread with 4 warp
 def _fold_triton(scores: Tensor, targets: Tensor, state: Tensor, start: int, softcap: float, block: int = _BLOCK) -> None:
     "Fold a slice of the logits into the running state, (3, N), in place."
     rows, width = scores.shape
-    _fold_kernel[(rows,)](scores, scores.stride(0), targets, state, rows, start, width, softcap or 1.0, softcap > 0, block, num_warps=4)
+    with torch.cuda.device_of(scores):  # type: ignore[no-untyped-call]
+        _fold_kernel[(rows,)](scores, scores.stride(0), targets, state, rows, start, width, softcap or 1.0, softcap > 0, block, num_warps=4)
 
 def _turn_triton(scores: Tensor, out: Tensor, targets: Tensor, lse: Tensor, grad: Tensor, pull: Tensor, start: int,
                  keep: float, spread: float, softcap: float, block: int = _BLOCK) -> None:
     "Turn a slice of the logits into its gradient, written to `out`."
     rows, width = scores.shape
-    _turn_kernel[(rows, triton.cdiv(width, block))](scores, scores.stride(0), out, out.stride(0), targets, lse, grad, pull, start, width,
-                                                    keep, spread, softcap or 1.0, softcap > 0, block, num_warps=4)
+    with torch.cuda.device_of(scores):  # type: ignore[no-untyped-call]
+        _turn_kernel[(rows, triton.cdiv(width, block))](scores, scores.stride(0), out, out.stride(0), targets, lse, grad, pull, start, width,
+                                                        keep, spread, softcap or 1.0, softcap > 0, block, num_warps=4)
 
 # %% ../../nbs/25_kernels.loss.ipynb #f3a2a2fe
 def _fold_torch(scores: Tensor, targets: Tensor, state: Tensor, start: int, softcap: float) -> None:

@@ -214,8 +214,9 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | Non
     ROWS, BLOCK, warps, _ = _cut(C, x.element_size(), gpu_target(x.device), "forward", center)
     given = (xs, rs, weight.contiguous(), None if bias is None else bias.contiguous(), y, None if residual is None else total, rstd, mean if center else None)
     strides = (xs.stride(0), 0 if rs is None else rs.stride(0))
-    if BLOCK < C: _forward_long_kernel[(N,)](*given, *strides, C, eps, center, BLOCK, num_warps=warps)
-    else: _forward_kernel[(-(-N // ROWS),)](*given, *strides, N, C, eps, center, ROWS, BLOCK, num_warps=warps)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        if BLOCK < C: _forward_long_kernel[(N,)](*given, *strides, C, eps, center, BLOCK, num_warps=warps)
+        else: _forward_kernel[(-(-N // ROWS),)](*given, *strides, N, C, eps, center, ROWS, BLOCK, num_warps=warps)
     return y, total, rstd, mean
 
 @_norm.register_fake
@@ -237,8 +238,9 @@ def _norm_backward(g: Tensor, g_total: Tensor | None, s: Tensor, weight: Tensor,
     ds, dw = torch.empty(s.shape, dtype=s.dtype, device=s.device), torch.empty(programs, C, dtype=torch.float32, device=s.device)
     db = torch.empty_like(dw) if bias else None
     given = (ss, gs, ts, weight.contiguous(), rstd, m, ds, dw, db, ss.stride(0), gs.stride(0), 0 if ts is None else ts.stride(0), N, C)
-    if C > _HELD[m is not None]: _backward_long_kernel[(programs * parts,)](*given, parts, m is not None, BLOCK, 4096, STAGES, num_warps=warps)
-    else: _backward_kernel[(programs,)](*given, m is not None, ROWS, BLOCK, STAGES, num_warps=warps)
+    with torch.cuda.device_of(s):  # type: ignore[no-untyped-call]
+        if C > _HELD[m is not None]: _backward_long_kernel[(programs * parts,)](*given, parts, m is not None, BLOCK, 4096, STAGES, num_warps=warps)
+        else: _backward_kernel[(programs,)](*given, m is not None, ROWS, BLOCK, STAGES, num_warps=warps)
     return ds, dw.sum(0), dw.new_empty(0) if db is None else db.sum(0)
 
 @_norm_backward.register_fake
