@@ -75,9 +75,10 @@ class Settings(BaseModel):
 class DataConfig(Settings):
     "What a run learns from."
     section: ClassVar[str] = 'data'
-    path: str | None = Field(None, description='the text file, UTF-8; none = named by the caller')
-    tokenizer: Literal['char'] = Field('char', description='what a token is: char = one character')
-    fractions: tuple[float, float, float] = Field((0.9, 0.1, 0.0), description='shares of train, validation and test; they add up to 1')
+    path: str | None = Field(None, description='a UTF-8 text file, or a directory made by `data prepare`; none = named by the caller')
+    tokenizer: str | None = Field(None, description="what a token is: char, gpt2, cl100k, o200k or a saved tokenizer's directory; none = char, or that of the prepared data")
+    fractions: tuple[float, float, float] = Field((0.9, 0.1, 0.0), description='shares of train, validation and test of a text file; they add up to 1')
+    verify: bool = Field(True, description='check the SHA-256 of prepared data before training: a second or so a gigabyte')
 
     @field_validator('fractions')
     @classmethod

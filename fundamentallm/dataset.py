@@ -5,24 +5,41 @@
 # %% ../nbs/11_dataset.ipynb #ds-imports
 from __future__ import annotations
 import bisect
+import bz2
 import functools
+import glob
+import gzip
+import hashlib
+import io
+import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, cast
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
-from .core import ConfigError, DataError, atomic_dir, sha256
-
-Ids: TypeAlias = npt.NDArray[Any]                   # a 1-D array of token ids, any integer dtype
-Ints: TypeAlias = npt.NDArray[np.int64]             # positions in the token stream
+from .core import ConfigError, DataError, atomic_dir, optional_import, sha256
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.utils.data import IterableDataset
+    from fundamentallm.tokenizer import Tokenizer
 
 # %% auto #0
-__all__ = ['Ids', 'Ints', 'ROUNDS', 'read_text', 'split_tokens', 'next_token_pairs', 'token_dtype', 'write_shards', 'TokenShards',
-           'epoch_keys', 'permute', 'BatchOrder', 'gather', 'Batches', 'eval_batches']
+__all__ = ['Ids', 'Ints', 'PACKED', 'LONGEST', 'SPLITS', 'SPLIT_BYTES', 'DOCUMENT', 'ROUNDS', 'IGNORE', 'read_text',
+           'expand_files', 'file_kind', 'open_stream', 'Block', 'read_blocks', 'Document', 'block_documents',
+           'read_documents', 'split_tokens', 'document_split', 'next_token_pairs', 'token_dtype', 'ShardWriter',
+           'write_shards', 'TokenShards', 'epoch_keys', 'permute', 'BatchOrder', 'gather', 'take', 'ShuffledDocuments',
+           'Batches', 'eval_batches', 'mask_boundaries', 'document_mask', 'cu_seqlens', 'step_dataset', 'stream_tokens',
+           'cut_windows', 'StreamBatches']
+
+# %% ../nbs/11_dataset.ipynb #ds-types
+Ids: TypeAlias = npt.NDArray[Any]                   # a 1-D array of token ids, any integer dtype
+Ints: TypeAlias = npt.NDArray[np.int64]             # positions in the token stream
 
 # %% ../nbs/11_dataset.ipynb #ds-read
 def read_text(
@@ -30,26 +47,322 @@ def read_text(
 ) -> str:              # its text, newlines as they are in the file
     "Read a UTF-8 text file whole, or raise a `DataError` that says what is wrong with it and what to do."
     path = Path(path)
-    if path.is_dir(): raise DataError(f"{path} is a directory, not a text file: name one file in it.")
-    try: raw = path.read_bytes()
-    except FileNotFoundError: raise DataError(f"{path} does not exist: check the path of the text file.") from None
-    except OSError as e: raise DataError(f"{path} cannot be read ({e.strerror}): check its permissions.") from None
+    with _open(path) as f: raw = f.read()
     if not raw: raise DataError(f"{path} is empty: it needs some text to learn from.")
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"{path} is UTF-16, not UTF-8: convert it with `iconv -f UTF-16 -t UTF-8 {path.name} > utf8.txt`.")
-    return _decode(raw, path)
+    return _decode(raw, path, cure=f"`iconv -f {{}} -t UTF-8 {path.name} > utf8.txt`")
+
+# %% ../nbs/11_dataset.ipynb #ds-open
+def _open(path: Path) -> BinaryIO:
+    "The file, opened for reading bytes, or a `DataError` that says why not."
+    if path.is_dir(): raise DataError(f"{path} is a directory, not a file: name files in it, such as '{path}/**/*.txt'.")
+    try: return open(path, "rb")
+    except FileNotFoundError: raise DataError(f"{path} does not exist: check the path of the file.") from None
+    except OSError as e: raise DataError(f"{path} cannot be read ({e.strerror}): check its permissions.") from None
 
 # %% ../nbs/11_dataset.ipynb #ds-decode
-def _decode(raw: bytes, path: Path) -> str:
-    "The text in `raw`; binary data or a wrong encoding is a `DataError` naming the first bad byte."
-    if (at := raw.find(b"\0")) >= 0:
-        raise DataError(f"{path} is binary (a NUL byte at offset {at}), not text: give a plain text file in UTF-8.")
-    bom = 3 if raw.startswith(b"\xef\xbb\xbf") else 0
-    try: return raw[bom:].decode("utf-8")
+_CURE = "`iconv -f {} -t UTF-8`, or read it with errors='replace' or 'skip'"
+
+def _decode(raw: bytes, where: object, errors: str = "fail", offset: int = 0, line: int = 1, cure: str = _CURE) -> str:
+    "The text in `raw`, which begins at `offset`; binary data or a wrong encoding is a `DataError` naming the first bad byte."
+    if offset == 0 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{where} is UTF-16, not UTF-8: convert it with {cure.split(', or')[0].format('UTF-16')}.")
+    if errors != "replace" and (at := raw.find(b"\0")) >= 0:
+        raise DataError(f"{where} is binary (a NUL byte at offset {offset+at}), not text: give a plain text file in UTF-8.")
+    bom = 3 if offset == 0 and raw.startswith(b"\xef\xbb\xbf") else 0
+    try: return raw[bom:].decode("utf-8", "replace" if errors == "replace" else "strict").replace("\0", "\ufffd")
     except UnicodeDecodeError as e: at = e.start + bom
-    line = raw.count(b"\n", 0, at) + 1
-    raise DataError(f"{path} is not UTF-8: byte 0x{raw[at]:02x} at offset {at} (line {line}); if it is Latin-1, convert it "
-                    f"with `iconv -f LATIN1 -t UTF-8 {path.name} > utf8.txt`.")
+    line += raw.count(b"\n", 0, at)
+    raise DataError(f"{where} is not UTF-8: byte 0x{raw[at]:02x} at offset {offset+at} (line {line}); if it is Latin-1, convert it "
+                    f"with {cure.format('LATIN1')}.")
+
+# %% ../nbs/11_dataset.ipynb #ds-expand
+def expand_files(
+    patterns: Sequence[str | Path],  # files and patterns such as "news/*.jsonl.zst" or "src/**/*.py" (`**`: at any depth)
+) -> list[Path]:                     # files, sorted by name, none twice
+    "The files that names and patterns stand for. A name without a file, or a pattern that matches none, is a `DataError`."
+    found: dict[str, Path] = {}
+    for pattern in patterns:
+        name = os.path.expanduser(pattern)
+        if os.path.isdir(name):
+            raise DataError(f"{name} is a directory: say which files in it are meant, such as '{os.path.join(name, '**', '*.txt')}'.")
+        names = [name] if os.path.exists(name) else [f for f in glob.glob(name, recursive=True) if os.path.isfile(f)]
+        if not names: raise DataError(f"no file matches {name}: check the path (patterns are quoted on the command line).")
+        for f in names: found.setdefault(os.path.realpath(f), Path(f))
+    return sorted(found.values(), key=str)
+
+# %% ../nbs/11_dataset.ipynb #ds-kind
+PACKED = (".gz", ".bz2", ".zst")                    # endings of compressed files
+
+def file_kind(
+    path: str | Path,  # a file's name; the file need not exist
+) -> str:              # "jsonl", "parquet" or "text"
+    "What a file holds, judged by its name without .gz, .bz2 or .zst: JSON lines, a Parquet table, and anything else is text."
+    suffixes = [s.lower() for s in Path(path).suffixes]
+    while suffixes and suffixes[-1] in PACKED: suffixes.pop()
+    last = suffixes[-1] if suffixes else ""
+    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(last, "text")
+
+# %% ../nbs/11_dataset.ipynb #ds-zstd
+def _unzstd(file: BinaryIO) -> Iterator[bytes]:
+    "Decompress Zstandard piece by piece; a file that ends inside a frame is an EOFError (the library itself says nothing)."
+    zstd = optional_import("zstandard", "data")
+    unpacker, raw, bite = None, b"", 2**8
+    while raw := raw or file.read(bite):
+        unpacker = unpacker or zstd.ZstdDecompressor(max_window_size=2**31).decompressobj()
+        try: out = unpacker.decompress(raw)
+        except zstd.ZstdError as e: raise ValueError(e) from None
+        yield out
+        bite = min(2**12, max(2**6, bite*2**20//(len(out) + 1)))         # 4 KiB may unpack to 128 MiB: take smaller bites where they do
+        raw, unpacker = (unpacker.unused_data, None) if unpacker.eof else (b"", unpacker)
+    if unpacker: raise EOFError("it ends inside a frame")
+
+# %% ../nbs/11_dataset.ipynb #ds-chunks
+class _Unpacked(io.RawIOBase):
+    "Chunks of bytes that are read like a file; whatever is wrong with them is a `DataError` naming the file."
+
+    def __init__(self, path: Path, file: BinaryIO, chunks: Iterator[bytes]) -> None:
+        self.path, self.file, self.chunks, self.held, self.done = path, file, chunks, memoryview(b""), 0
+
+    def readable(self) -> bool: return True
+
+    def readinto(self, out: Any) -> int:
+        while not self.held:
+            try: chunk = next(self.chunks, None)
+            except (EOFError, OSError, ValueError, zlib.error) as e:
+                raise DataError(f"{self.path} is damaged or cut short after {self.done} bytes of content ({e}): get it again.") from None
+            if chunk is None: return 0
+            self.held = memoryview(chunk)
+        n = min(len(out), len(self.held))
+        out[:n], self.held = self.held[:n], self.held[n:]
+        self.done += n
+        return n
+
+    def close(self) -> None:
+        self.file.close(); super().close()
+
+# %% ../nbs/11_dataset.ipynb #ds-stream
+def open_stream(
+    path: str | Path,  # a file; .gz, .bz2 and .zst are decompressed on the way
+) -> BinaryIO:         # its contents as a stream of bytes; close it after use
+    "Open a file for reading from front to back. A damaged or truncated archive is a `DataError`, at the latest when its end is read."
+    path = Path(path)
+    file = _open(path)
+    packing = path.suffix.lower()
+    if packing not in PACKED: return file
+    if not os.fstat(file.fileno()).st_size: raise DataError(f"{path} is empty, which no archive is: get it again.")
+    if packing == ".zst": chunks = _unzstd(file)
+    else:
+        inner = gzip.GzipFile(fileobj=file) if packing == ".gz" else bz2.BZ2File(file)
+        chunks = iter(functools.partial(inner.read, 2**17), b"")
+    return cast(BinaryIO, io.BufferedReader(_Unpacked(path, file, chunks), 2**17))
+
+# %% ../nbs/11_dataset.ipynb #ds-block
+@dataclass(frozen=True)
+class Block:
+    "A piece of a file, some megabytes long and cut where nothing is torn: the unit in which work is handed out."
+    source: Path    # the file
+    kind: str       # "text", "jsonl" or "parquet"
+    offset: int     # byte at which it begins, in the decompressed file (parquet: bytes of text before it)
+    record: int     # number of its first record, from 0: a line of the file, a row of the table
+    data: bytes     # the bytes themselves (parquet: the column of texts, in Arrow's IPC format)
+    first: bool     # does it begin its document? False only inside a long text file
+    last: bool      # does it end its document?
+
+# %% ../nbs/11_dataset.ipynb #ds-cut
+_ESCAPED = re.compile("[\udc80-\udcff]")            # bytes that are not UTF-8, as Python's surrogateescape shows them
+
+def _cut_window(raw: bytes, cut: Callable[[str], int]) -> int:
+    "The last place where `cut` allows to cut these bytes, and no broken character is near; 0: none."
+    text = raw.decode("utf-8", "surrogateescape")                        # the window may begin and end inside a character
+    n, shown = len(text), _ESCAPED.sub("\ufffd", text)
+    while n := cut(shown[:n]):
+        if not _ESCAPED.search(text, n-1, n+1): return len(text[:n].encode("utf-8", "surrogateescape"))
+    return 0
+
+# %% ../nbs/11_dataset.ipynb #ds-lastcut
+def _last_cut(raw: bytes, cut: Callable[[str], int], window: int = 2**14) -> int:
+    "The last place in the second half of `raw` where `cut` allows to cut, looked for from the end, a window at a time; 0: none."
+    low, end = len(raw)//2, len(raw)
+    while end > low:
+        start = max(low, end - window)
+        if n := _cut_window(raw[start:end], cut): return start + n
+        end = start + 8 if start > low else low                          # windows share two characters, so that no place is missed
+    return 0
+
+# %% ../nbs/11_dataset.ipynb #ds-byteblocks
+LONGEST = 2**28                                     # 256 MiB: a line, or a text without a place to cut, that is longer is an error
+
+def _byte_blocks(f: BinaryIO, path: Path, kind: str, size: int, find: Callable[[bytes], int]) -> Iterator[Block]:
+    "Cut a stream into blocks at the places that `find` names; reads on while it finds none."
+    held, offset, record, want = b"", 0, 0, size + 1
+    while True:
+        held += f.read(max(0, want - len(held)))                         # shorter than asked for only at the end of the file
+        done = len(held) < want
+        if at := len(held) if done else find(held[:want]):
+            whole = kind != "text"
+            yield Block(path, kind, offset, record, held[:at], whole or offset == 0, whole or done)
+            offset += at; record += held.count(b"\n", 0, at); held = held[at:]; want = size + 1
+        else: want *= 2
+        if done: return
+        if want > max(LONGEST, size + 1):
+            what = "a line" if kind == "jsonl" else "a text without a place to cut it"
+            raise DataError(f"{path} has {what} of more than {LONGEST:,} bytes at offset {offset}: split it, or leave the file out.")
+
+# %% ../nbs/11_dataset.ipynb #ds-parquet
+def _parquet_column(path: Path, size: int, field: str) -> Iterator[Any]:
+    "The texts of a Parquet file as Arrow arrays of bytes, each of about `size` bytes."
+    pa, pq = optional_import("pyarrow", "data"), optional_import("pyarrow.parquet", "data")
+    if path.suffix.lower() in PACKED: raise DataError(f"{path} is a compressed Parquet file: unpack it first (Parquet compresses its own columns).")
+    _open(path).close()
+    try:
+        with pq.ParquetFile(path) as file:
+            if field not in file.schema_arrow.names:
+                raise DataError(f"{path} has no column {field!r}: its columns are {', '.join(file.schema_arrow.names)}.")
+            kind = file.schema_arrow.field(field).type
+            if pa.types.is_dictionary(kind): kind = kind.value_type
+            if str(kind) not in ("string", "large_string", "string_view", "binary", "large_binary"):
+                raise DataError(f"column {field!r} of {path} holds {kind}, not text: name another column.")
+            meta = file.metadata
+            heaviest = max((g.total_byte_size//max(1, g.num_rows) for g in map(meta.row_group, range(meta.num_row_groups))), default=0)
+            for batch in file.iter_batches(batch_size=max(1, min(8192, size//(heaviest + 1))), columns=[field]):
+                yield batch.column(0).cast(kind).cast(pa.large_binary())
+    except (pa.ArrowException, OSError) as e: raise DataError(f"{path} is not a whole Parquet file ({str(e).splitlines()[0]}): get it again.") from None
+
+# %% ../nbs/11_dataset.ipynb #ds-parquetblocks
+def _parquet_blocks(path: Path, size: int, field: str) -> Iterator[Block]:
+    "Blocks of as many rows as have at most `size` bytes of text together, at least one."
+    held: list[Any] = []; room, record, offset = size, 0, 0
+    def emit() -> Block: return Block(path, "parquet", offset, record, _pack(held), True, True)
+    for column in _parquet_column(path, size, field):
+        ends = np.cumsum(np.diff(_offsets(column)))
+        a = 0
+        while a < len(column):
+            before = int(ends[a-1]) if a else 0
+            b = max(a, int(np.searchsorted(ends, before + room, "right")))      # the rows that still fit
+            if b == a and not held: b = a + 1                                   # a row larger than a block is a block of its own
+            if b > a: held.append(column.slice(a, b-a)); room -= int(ends[b-1]) - before
+            if b < len(column):
+                yield emit()
+                record += sum(map(len, held)); offset += size - room; held, room = [], size
+            a = b
+    if held: yield emit()
+
+# %% ../nbs/11_dataset.ipynb #ds-arrow
+def _offsets(column: Any) -> Ints:
+    "Where each text of an Arrow array of bytes begins, and the end."
+    offsets: Ints = np.frombuffer(column.buffers()[1], np.int64)[column.offset : column.offset+len(column)+1]
+    return offsets
+
+def _pack(columns: list[Any]) -> bytes:
+    "Arrow arrays of bytes as one IPC stream of one column."
+    pa = optional_import("pyarrow", "data")
+    rows, sink = pa.record_batch([pa.concat_arrays(columns)], names=["text"]), pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows.schema) as writer: writer.write_batch(rows)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+def _unpack(data: bytes) -> list[bytes | None]:
+    "The texts that `_pack` packed; a null is None."
+    pa = optional_import("pyarrow", "data")
+    with pa.ipc.open_stream(data) as reader: rows: list[bytes | None] = reader.read_all().column(0).to_pylist()
+    return rows
+
+# %% ../nbs/11_dataset.ipynb #ds-blocks
+def read_blocks(
+    path: str | Path,                           # a file of any kind that `file_kind` knows, compressed or not
+    size: int = 2**22,                          # bytes in a block: at most so many, except where nothing can be cut
+    cut: Callable[[str], int] | None = None,    # largest place where a text may be cut, 0: none (`Tokenizer.safe_cut`); None: between any two characters
+    field: str = "text",                        # column to read of a Parquet file
+) -> Iterator[Block]:                           # the file from front to back; one block is held at a time
+    "A file in blocks, which depend on nothing but its contents, `size` and `cut`. The first holds at least half of `size` if the text does."
+    path, kind = Path(path), file_kind(path)
+    if size < 1: raise ConfigError(f"a block of {size} bytes is too small: it needs at least 1.")
+    if kind == "parquet": yield from _parquet_blocks(path, size, field); return
+    anywhere: Callable[[str], int] = lambda text: len(text) - 1
+    find = (lambda raw: raw.rfind(b"\n") + 1) if kind == "jsonl" else (lambda raw: _last_cut(raw, cut or anywhere))
+    with open_stream(path) as f: yield from _byte_blocks(f, path, kind, size, find)
+
+# %% ../nbs/11_dataset.ipynb #ds-document
+@dataclass(frozen=True)
+class Document:
+    "One text that stands for itself; or a piece of it, where `first` or `last` is False."
+    text: str           # what it says
+    source: Path        # the file it comes from
+    record: int         # which line or row of that file, from 0; 0 in a text file
+    first: bool = True  # does the document begin here?
+    last: bool = True   # does it end here?
+
+# %% ../nbs/11_dataset.ipynb #ds-records
+def _records(block: Block) -> Iterator[tuple[int, str, int, int, bytes | None]]:
+    "The records of a block: number, where it stands in words, byte offset, line, and bytes (None: a null)."
+    if block.kind == "text": yield 0, str(block.source), block.offset, block.record + 1, block.data
+    elif block.kind == "parquet":
+        for n, row in enumerate(_unpack(block.data), block.record): yield n, f"row {n+1} of {block.source}", 0, 1, row
+    else:
+        at = block.offset
+        for n, row in enumerate(block.data.split(b"\n"), block.record):
+            if row.strip(): yield n, str(block.source), at, n + 1, row
+            at += len(row) + 1
+
+# %% ../nbs/11_dataset.ipynb #ds-json
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")          # what JSON can spell and no text holds: NUL, half of a surrogate pair
+
+def _json_text(row: str, field: str, where: str, errors: str) -> str:
+    "The text in one line of JSON."
+    try: fields = json.loads(row)
+    except (ValueError, RecursionError) as e: raise DataError(f"{where} is not valid JSON ({e}): mend it, or read with errors='skip'.") from None
+    text = fields.get(field) if isinstance(fields, dict) else None
+    if not isinstance(text, str):
+        there = f"its fields are {', '.join(fields) or 'none'}" if isinstance(fields, dict) else "it is not an object"
+        if isinstance(fields, dict) and field in fields: there = f"it is {json.dumps(fields[field])[:20]}"
+        raise DataError(f"{where} has no text named {field!r} ({there}): name the right field, or read with errors='skip'.")
+    if text.isascii() and "\0" not in text or not (bad := _NO_TEXT.search(text)): return text
+    if errors == "replace": return _NO_TEXT.sub("\ufffd", text)
+    raise DataError(f"{where} spells the character U+{ord(bad[0]):04X}, which no text holds: mend it, or read with errors='replace' or 'skip'.")
+
+# %% ../nbs/11_dataset.ipynb #ds-documents
+def block_documents(
+    block: Block,                       # a block made by `read_blocks`
+    field: str = "text",                # the field of a JSON line that holds the text
+    errors: str = "fail",               # bytes that are not text: "fail", "replace" them by U+FFFD, or "skip" the document
+    skipped: list[str] | None = None,   # gets one message for each document left out
+) -> Iterator[Document]:                # its documents in order; those without any text are left out
+    "The documents in a block. What cannot be replaced (broken JSON, no such field) is left out under both \"replace\" and \"skip\"."
+    if errors not in ("fail", "replace", "skip"): raise ConfigError(f"errors {errors!r} is unknown: use fail, replace or skip.")
+    whole = block.first and block.last
+    for record, where, offset, line, raw in _records(block):
+        try:
+            if raw is None: raise DataError(f"{where} is null: leave it out of the file, or read with errors='skip'.")
+            text = _decode(raw, where, errors, offset, line)
+            if block.kind == "jsonl": text = _json_text(text, field, f"line {line} of {where} (byte offset {offset})", errors)
+        except DataError as e:
+            if errors == "fail" or (errors == "replace" and block.kind == "text"): raise     # a UTF-16 file
+            if skipped is not None: skipped.append(str(e))
+            text = ""                                                    # a piece of a longer text stays as a mark of its place
+        if text or not whole: yield Document(text, block.source, record, block.first, block.last)
+
+# %% ../nbs/11_dataset.ipynb #ds-readdocs
+def read_documents(
+    paths: Sequence[str | Path],    # files and patterns, as `expand_files` takes them
+    field: str = "text",            # the field of a JSON line or the column of a Parquet file that holds the text
+    errors: str = "fail",           # bytes that are not text: "fail", "replace" them by U+FFFD, or "skip" the document
+) -> Iterator[Document]:            # whole documents, file after file
+    "The documents of many files, streamed: what is held is one block or one document, whichever is longer."
+    for path in expand_files(paths):
+        pieces: list[str] = []; lost: list[str] = []
+        for block in read_blocks(path, field=field):
+            for document in block_documents(block, field, errors, lost):
+                if document.first and document.last: yield document; continue
+                pieces.append(document.text)
+                if document.last and not lost: yield Document("".join(pieces), path, document.record)
+
+# %% ../nbs/11_dataset.ipynb #ds-fractions
+def _check_fractions(fractions: Sequence[float]) -> tuple[float, float, float]:
+    "Shares of train, val and test, those left out being 0, or a `ConfigError`."
+    parts = [*fractions, 0.0, 0.0][:max(3, len(fractions))]
+    if len(parts) != 3 or min(parts) < 0 or not math.isclose(sum(parts), 1, abs_tol=1e-6):
+        raise ConfigError(f"data.fractions {list(fractions)} must be three shares (train, val, test), none negative, that sum to 1.")
+    return parts[0], parts[1], parts[2]
 
 # %% ../nbs/11_dataset.ipynb #ds-split
 def split_tokens(
@@ -57,19 +370,36 @@ def split_tokens(
     fractions: Sequence[float] = (0.9, 0.1, 0.0),       # shares of train, val and test; they sum to 1
 ) -> dict[str, Ids]:                                    # views `train`, `val`, `test`, contiguous and in this order
     "Cut a token stream into three contiguous parts: nothing lost, nothing shared, nothing copied."
-    parts = [*fractions, 0.0, 0.0][:3] if len(fractions) < 3 else list(fractions)
-    if len(parts) != 3 or min(parts) < 0 or not math.isclose(sum(parts), 1, abs_tol=1e-6):
-        raise ConfigError(f"data.fractions {list(fractions)} must be three shares (train, val, test), none negative, that sum to 1.")
+    train, val, test = _check_fractions(fractions)
     n = len(ids)
-    a = int(parts[0]*n)                                 # nanoGPT's rounding, so that losses compare
-    b = int((parts[0] + parts[1])*n + 1e-6) if parts[2] > 0 else n
+    a = int(train*n)                                    # nanoGPT's rounding, so that losses compare
+    b = int((train + val)*n + 1e-6) if test > 0 else n
     return {"train": ids[:a], "val": ids[a:b], "test": ids[b:]}
+
+# %% ../nbs/11_dataset.ipynb #ds-splitdoc
+SPLITS = ("train", "val", "test")
+SPLIT_BYTES = 2**20                                 # how much of a document decides about its side
+
+def document_split(
+    text: str | bytes,                              # a document, or its beginning (its first MiB is what counts)
+    fractions: Sequence[float] = (0.9, 0.1, 0.0),   # shares of train, val and test; they sum to 1
+    seed: int = 0,                                  # another seed, another split
+) -> str:                                           # "train", "val" or "test"
+    "The side of the split on which a document falls, from a keyed hash of what it says: equal documents never part."
+    data = text[:SPLIT_BYTES].encode("utf-8") if isinstance(text, str) else text
+    digest = hashlib.blake2b(data[:SPLIT_BYTES], key=f"split {seed}".encode(), digest_size=8).digest()
+    train, val, test = _check_fractions(fractions)
+    u = int.from_bytes(digest, "big")/2**64                             # uniform in [0, 1)
+    if u < train: return "train"
+    if u < train + val: return "val"
+    return next(name for name, share in zip(reversed(SPLITS), (test, val, train)) if share)     # rounding never opens an empty part
 
 # %% ../nbs/11_dataset.ipynb #ds-pairs
 def next_token_pairs(
     rows: Ids,                      # consecutive ids, (B, T+1)
 ) -> tuple[Tensor, Tensor]:         # inputs x and targets y, each (B, T) int64, y[:, t] = x[:, t+1]
     "What the model reads and what it must say next: the same row twice, shifted by one."
+    import torch
     rows = rows.astype(np.int64)
     return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
 
@@ -81,16 +411,8 @@ def token_dtype(
     if not 0 < vocab_size <= 2**32: raise DataError(f"vocab_size {vocab_size} is out of range: it must be between 1 and 2**32.")
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
-# %% ../nbs/11_dataset.ipynb #ds-rechunk
-def _rechunk(parts: Iterable[Ids], size: int) -> Iterator[Ids]:
-    "The same stream of ids in arrays of exactly `size` ids, the last one shorter; holds one shard in memory."
-    held: list[Ids] = []; n = 0
-    for part in parts:
-        while len(part):
-            take = part[:size-n]; part = part[size-n:]
-            held.append(take); n += len(take)
-            if n == size: yield np.concatenate(held); held, n = [], 0
-    if n: yield np.concatenate(held)
+# %% ../nbs/11_dataset.ipynb #ds-docdtype
+DOCUMENT = np.dtype([("start", "<u8"), ("source", "<u4"), ("record", "<u8")])  # first token, index in `sources`, line or row in it
 
 # %% ../nbs/11_dataset.ipynb #ds-check
 def _as_stored(part: Ids, vocab_size: int, start: int) -> Ids:
@@ -101,50 +423,118 @@ def _as_stored(part: Ids, vocab_size: int, start: int) -> Ids:
         raise DataError(f"token {start+i} has id {part[i]}, outside a vocabulary of {vocab_size}: encode with the tokenizer of this run.")
     return part.astype(token_dtype(vocab_size))
 
+# %% ../nbs/11_dataset.ipynb #ds-hashed
+class _HashedFile:
+    "A new file that counts and hashes what is written to it."
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.file, self.hash, self.items = path, open(path, "xb"), hashlib.sha256(), 0
+
+    def write(self, array: npt.NDArray[Any]) -> None:
+        data = array.tobytes()
+        self.file.write(data); self.hash.update(data); self.items += len(array)
+
+    def close(self, count: str) -> dict[str, Any]:
+        self.file.close()
+        return {"file": self.path.name, count: self.items, "sha256": self.hash.hexdigest()}
+
+# %% ../nbs/11_dataset.ipynb #ds-writer
+class ShardWriter:
+    "Writes a token stream of any length as shards with an index; nothing is held but the array being written."
+
+    def __init__(
+        self,
+        dir: Path,                                      # an empty directory (of `core.atomic_dir`, so that it appears whole or not at all)
+        vocab_size: int,                                # number of distinct ids; fixes the dtype
+        shard_tokens: int = 2**26,                      # ids in a shard (128 MiB of uint16)
+        tokenizer: str = "",                            # fingerprint of the tokenizer that made the ids
+        sources: Sequence[dict[str, Any]] = (),         # the files they came from: path, sha256
+    ) -> None:
+        if shard_tokens < 1: raise ConfigError(f"shard_tokens {shard_tokens} must be at least 1.")
+        self.dir, self.vocab_size, self.shard_tokens, self.dtype = dir, vocab_size, shard_tokens, token_dtype(vocab_size)
+        self.tokenizer, self.sources = tokenizer, [dict(s) for s in sources]
+        self.total = 0                                  # tokens written
+        self.n_documents = 0                            # documents begun
+        self._shard: _HashedFile | None = None
+        self._documents: _HashedFile | None = None
+        self._shards: list[dict[str, Any]] = []
+
+    def add(
+        self,
+        tokens: Ids,                                    # the next ids, (n,)
+        documents: npt.NDArray[Any] | None = None,      # the documents that begin in them, `DOCUMENT`s with starts in 0..n
+    ) -> None:
+        "Append tokens, and to the table of documents those that begin among them."
+        stored = _as_stored(tokens, self.vocab_size, self.total)
+        if documents is not None: self._add_documents(documents, len(stored))
+        while len(stored):
+            self._shard = self._shard or _HashedFile(self.dir/f"{len(self._shards):05d}.bin")
+            room = self.shard_tokens - self._shard.items
+            self._shard.write(stored[:room]); self.total += len(stored[:room]); stored = stored[room:]
+            if self._shard.items == self.shard_tokens: self._end_shard()
+
+    def _add_documents(self, documents: npt.NDArray[Any], n: int) -> None:
+        starts = documents["start"].astype(np.int64)
+        if len(starts) and (starts[0] < 0 or starts[-1] > n or (np.diff(starts) < 0).any()):
+            raise ValueError(f"document starts must rise from 0 to {n}: they are relative to the tokens they come with")
+        rows = documents.astype(DOCUMENT)
+        rows["start"] += np.uint64(self.total)
+        self._documents = self._documents or _HashedFile(self.dir/"documents.bin")
+        self._documents.write(rows); self.n_documents += len(rows)
+
+    def _end_shard(self) -> None:
+        if self._shard: self._shards.append(self._shard.close("tokens"))
+        self._shard = None
+
+    def close(self) -> None:
+        "Finish the last shard and write documents.bin and index.json. `DataError` if there was no token at all."
+        self._end_shard()
+        documents = self._documents.close("count") if self._documents else None
+        if not self.total: raise DataError("there are no tokens to write: the text is empty.")
+        index = {"format": 2, "dtype": self.dtype.name, "vocab_size": self.vocab_size, "total": self.total, "tokenizer": self.tokenizer,
+                 "sources": self.sources, "documents": documents, "shards": self._shards}
+        (self.dir/"index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
 # %% ../nbs/11_dataset.ipynb #ds-write
 def write_shards(
     tokens: Ids | Iterable[Ids],       # ids, (N,), or a stream of such arrays, read once and never held whole
     dir: str | Path,                   # the directory to make, with `index.json` and `00000.bin`, `00001.bin`, ...
     vocab_size: int,                   # number of distinct ids; fixes the dtype
     shard_tokens: int = 2**26,         # ids in a shard (128 MiB of uint16)
+    tokenizer: str = "",               # fingerprint of the tokenizer that made the ids
 ) -> TokenShards:                      # the shards, opened
     "Write a token stream as raw little-endian shards with an index of their sizes and hashes: all of it or, on an error, nothing."
-    if shard_tokens < 1: raise ConfigError(f"shard_tokens {shard_tokens} must be at least 1.")
     parts = [tokens] if isinstance(tokens, np.ndarray) else tokens
-    Path(dir).parent.mkdir(parents=True, exist_ok=True)
     with atomic_dir(dir) as tmp:
-        shards: list[dict[str, Any]] = []; total = 0
-        for part in _rechunk(parts, shard_tokens):
-            file = tmp/f"{len(shards):05d}.bin"
-            _as_stored(part, vocab_size, total).tofile(file)
-            shards.append({"file": file.name, "tokens": len(part), "sha256": sha256(file)}); total += len(part)
-        if not total: raise DataError("there are no tokens to write: the text is empty.")
-        index = {"dtype": token_dtype(vocab_size).name, "vocab_size": vocab_size, "total": total, "shards": shards}
-        (tmp/"index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        writer = ShardWriter(tmp, vocab_size, shard_tokens, tokenizer)
+        for part in parts: writer.add(part)
+        writer.close()
     return TokenShards(dir)
 
 # %% ../nbs/11_dataset.ipynb #ds-shards
 def _read_index(dir: Path) -> dict[str, Any]:
     "The index of a shard directory, checked for what is used of it."
     try: index: dict[str, Any] = json.loads((dir/"index.json").read_text(encoding="utf-8"))
-    except FileNotFoundError: raise DataError(f"{dir} holds no index.json: it is not a directory made by write_shards.") from None
+    except FileNotFoundError: raise DataError(f"{dir} holds no index.json: it is not a directory of token shards.") from None
     except ValueError: raise DataError(f"{dir/'index.json'} is not valid JSON: write the shards again.") from None
     try:
+        index = {"format": 1, "tokenizer": "", "sources": [], "documents": None, **index}    # format 1 had neither
         plain = all(Path(s["file"]).name == s["file"] and s["tokens"] > 0 for s in index["shards"])
         ok = plain and index["dtype"] in ("uint16", "uint32") and index["total"] == sum(s["tokens"] for s in index["shards"])
-        ok = ok and index["vocab_size"] > 0
+        ok = ok and index["vocab_size"] > 0 and index["format"] in (1, 2)
+        ok = ok and (index["documents"] is None or (index["documents"]["file"] == "documents.bin" and index["documents"]["count"] >= 0))
     except (KeyError, TypeError): ok = False
     if not ok: raise DataError(f"{dir/'index.json'} is not an index of token shards: write the shards again.")
     return index
 
 # %% ../nbs/11_dataset.ipynb #ds-shards2
-def _map_shard(path: Path, dtype: np.dtype[Any], tokens: int) -> Ids:
-    "One shard as a read-only memory map, its size checked against the index."
-    want = tokens*dtype.itemsize
+def _map_shard(path: Path, dtype: np.dtype[Any], items: int) -> npt.NDArray[Any]:
+    "A file of the shards as a read-only memory map, its size checked against the index."
+    want = items*dtype.itemsize
     try: got = path.stat().st_size
     except FileNotFoundError: raise DataError(f"shard {path} is missing: write the shards again.") from None
     if got != want: raise DataError(f"shard {path} has {got} bytes, not the {want} in index.json (truncated?): write the shards again.")
-    return np.memmap(path, dtype=dtype, mode="r")
+    return np.memmap(path, dtype=dtype, mode="r") if items else np.empty(0, dtype)
 
 # %% ../nbs/11_dataset.ipynb #ds-shards3
 class TokenShards:
@@ -152,15 +542,19 @@ class TokenShards:
 
     def __init__(
         self,
-        dir: str | Path,               # a directory made by `write_shards`
-        verify: bool = False,          # also check every shard's SHA-256 (reads everything)
+        dir: str | Path,               # a directory made by `write_shards` or a `ShardWriter`
+        verify: bool = False,          # also check every file's SHA-256 (reads everything)
     ) -> None:
         self.dir, index = Path(dir), _read_index(Path(dir))
         self.vocab_size: int = index["vocab_size"]
+        self.tokenizer: str = index["tokenizer"]                    # fingerprint of the tokenizer, "" if it was not recorded
+        self.sources: list[dict[str, Any]] = index["sources"]       # the files that the documents came from
         self.dtype = np.dtype(index["dtype"]).newbyteorder("<")
         self.maps = [_map_shard(self.dir/s["file"], self.dtype, s["tokens"]) for s in index["shards"]]
         self.starts = [0, *np.cumsum([len(m) for m in self.maps]).tolist()]    # token at which each shard begins, and the end
-        for s in index["shards"] if verify else ():
+        table = index["documents"]
+        self.documents = _map_shard(self.dir/table["file"], DOCUMENT, table["count"]) if table else None     # rows of `DOCUMENT`, or None
+        for s in [*index["shards"], *([table] if table else [])] if verify else ():
             if sha256(self.dir/s["file"]) != s["sha256"]:
                 raise DataError(f"shard {self.dir/s['file']} was altered (its SHA-256 is not the one in index.json): write the shards again.")
 
@@ -184,6 +578,32 @@ class TokenShards:
             parts.append(self.maps[i][a-self.starts[i] : end-self.starts[i]]); a, i = end, i + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, self.dtype)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenShards, (self.dir,)    # a worker process opens the files itself: the tokens do not travel
+
+    @functools.cached_property
+    def document_starts(self) -> Ints:     # (n_documents,)
+        "The token at which each document begins: 8 bytes of memory a document, read at the first use."
+        if self.documents is None: raise DataError(f"{self.dir} does not record where its documents begin: prepare it again from its files.")
+        return self.documents["start"].astype(np.int64)
+
+    def document_at(
+        self,
+        positions: npt.ArrayLike,          # positions in the token stream, any shape
+    ) -> Ints:                             # index of the document of each in `documents`, the same shape; -1 before the first
+        "Which document does a token belong to?"
+        found: Ints = np.searchsorted(self.document_starts, np.asarray(positions), side="right") - 1
+        return found
+
+    def require_tokenizer(
+        self,
+        fingerprint: str,                  # `Tokenizer.fingerprint` of the tokenizer that is to be used
+    ) -> None:
+        "A `DataError` if these ids were made with another tokenizer, or it was not recorded with which."
+        if self.tokenizer == fingerprint: return
+        made = f"were made with tokenizer {self.tokenizer[:12]}..." if self.tokenizer else "do not say which tokenizer made them"
+        raise DataError(f"the shards in {self.dir} {made}; this one is {fingerprint[:12]}...: use the one they were made with, or prepare them again.")
+
 # %% ../nbs/11_dataset.ipynb #ds-mix
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     "Scramble 64-bit integers (the finalizer of SplitMix64, Steele et al. 2014): every input bit reaches every output bit."
@@ -198,9 +618,10 @@ ROUNDS = 4
 def epoch_keys(
     seed: int,                      # the run's seed
     epoch: int,                     # which pass over the data
+    purpose: int = 0,               # 0: the order of windows; another number: keys that have nothing to do with those
 ) -> tuple[int, ...]:               # ROUNDS keys for the permutation and one for the offset, 64 bits each
     "Independent 64-bit keys for one epoch, the same on every machine (NumPy's `SeedSequence`)."
-    return tuple(np.random.SeedSequence([seed % 2**64, epoch]).generate_state(ROUNDS + 1, np.uint64).tolist())
+    return tuple(np.random.SeedSequence([seed % 2**64, epoch, purpose]).generate_state(ROUNDS + 1, np.uint64).tolist())
 
 # %% ../nbs/11_dataset.ipynb #ds-feistel
 def permute(
@@ -269,22 +690,76 @@ def gather(
     windows: Ids = np.lib.stride_tricks.sliding_window_view(tokens, length)
     return windows[starts]
 
+# %% ../nbs/11_dataset.ipynb #ds-take
+def take(
+    tokens: Ids | TokenShards,      # the token stream, (N,)
+    positions: Ints,                # places in it, any shape
+) -> Ids:                           # the id at each place, the same shape
+    "Read single tokens from anywhere in a stream, in memory or on disk."
+    if not isinstance(tokens, TokenShards): return tokens[positions]
+    shard = np.searchsorted(tokens.starts, positions, side="right") - 1
+    out = np.empty(positions.shape, tokens.dtype)
+    for i in np.unique(shard):
+        here = shard == i
+        out[here] = tokens.maps[i][positions[here] - tokens.starts[i]]
+    return out
+
+# %% ../nbs/11_dataset.ipynb #ds-shuffled
+class ShuffledDocuments:
+    "A token stream whose documents are laid end to end in another order each epoch; nothing is copied, only looked up."
+
+    def __init__(
+        self,
+        tokens: TokenShards,            # shards that record where documents begin
+        seed: int = 0,                  # the run's seed
+    ) -> None:
+        if len(tokens.document_starts) < 2 or tokens.document_starts[0]: raise DataError(f"{tokens.dir} holds no two documents to shuffle.")
+        self.tokens, self.seed = tokens, seed
+        self.stops = np.append(tokens.document_starts[1:], len(tokens))                  # one past the last token of each document
+        self._table: tuple[int, Ints, Ints] | None = None
+
+    def __len__(self) -> int:           # number of tokens
+        "Number of tokens in all documents."
+        return len(self.tokens)
+
+    def table(
+        self,
+        epoch: int,                     # which pass, from 0
+    ) -> tuple[Ints, Ints]:             # documents in the order of this epoch, and where each of them ends
+        "The order of one epoch: the one thing here that costs time and memory in proportion to the documents. The last one is kept."
+        if self._table is None or self._table[0] != epoch:
+            order = permute(np.arange(len(self.stops)), len(self.stops), epoch_keys(self.seed, epoch, purpose=1)[:ROUNDS])
+            self._table = epoch, order, np.cumsum(np.diff(self.stops, prepend=0)[order])
+        return self._table[1:]
+
+    def positions(
+        self,
+        epoch: int,                     # which pass, from 0
+        at: Ints,                       # places in this epoch's order, any shape
+    ) -> Ints:                          # the same tokens' places in `tokens`
+        "Where the tokens of an epoch's stream lie on disk."
+        order, ends = self.table(epoch)
+        rank = np.searchsorted(ends, at, side="right")
+        places: Ints = at - ends[rank] + self.stops[order[rank]]
+        return places
+
 # %% ../nbs/11_dataset.ipynb #ds-batches
 class Batches:
     "Batches of next-token pairs, each a pure function of (seed, epoch, step); `world` workers share one batch row by row."
 
     def __init__(
         self,
-        tokens: Ids | TokenShards,  # the token stream, (N,)
-        context: int,               # T, tokens in a row
-        batch_size: int,            # B, rows in a batch, over all workers together
-        seed: int = 0,              # the run's seed
-        rank: int = 0,              # which worker this is
-        world: int = 1,             # how many workers share a batch
+        tokens: Ids | TokenShards | ShuffledDocuments,  # the token stream, (N,)
+        context: int,                   # T, tokens in a row
+        batch_size: int,                # B, rows in a batch, over all workers together
+        seed: int = 0,                  # the run's seed
+        rank: int = 0,                  # which worker this is
+        world: int = 1,                 # how many workers share a batch
+        within_documents: bool = False, # mark targets that lie in another document than their input with `IGNORE`
     ) -> None:
         if not 0 <= rank < world <= batch_size:
             raise ConfigError(f"rank {rank} of {world} workers cannot share batches of {batch_size} rows: need 0 <= rank < world <= batch_size.")
-        self.tokens, self.order = tokens, BatchOrder(len(tokens), context, batch_size, seed)
+        self.tokens, self.order, self.within_documents = tokens, BatchOrder(len(tokens), context, batch_size, seed), within_documents
         self.rows = slice(rank*batch_size//world, (rank+1)*batch_size//world)
 
     @property
@@ -297,8 +772,27 @@ class Batches:
         epoch: int,                         # which pass, from 0
         step: int,                          # which batch of the epoch, from 0
     ) -> Ints:                              # start of each of this worker's rows
-        "Where in the token stream this worker's rows of a batch begin."
+        "Where in the token stream (of this epoch) this worker's rows of a batch begin."
         return self.order.windows(epoch, step)[self.rows]
+
+    def positions(
+        self,
+        epoch: int,                         # which pass, from 0
+        step: int,                          # which batch of the epoch, from 0
+    ) -> Ints:                              # (B, T+1): T inputs and the last target
+        "Where every token of this worker's rows lies in the tokens or shards."
+        at = self.windows(epoch, step)[:, None] + np.arange(self.order.context + 1)
+        return self.tokens.positions(epoch, at) if isinstance(self.tokens, ShuffledDocuments) else at
+
+    def documents(
+        self,
+        epoch: int,                         # which pass, from 0
+        step: int,                          # which batch of the epoch, from 0
+    ) -> Ints:                              # (B, T+1): T inputs and the last target
+        "The document that every token of this worker's rows belongs to, as an index in the shards' `documents`."
+        shards = self.tokens.tokens if isinstance(self.tokens, ShuffledDocuments) else self.tokens
+        if not isinstance(shards, TokenShards): raise DataError("an array does not record where its documents begin: read them from token shards.")
+        return shards.document_at(self.positions(epoch, step))
 
     def batch(
         self,
@@ -306,7 +800,10 @@ class Batches:
         step: int,                          # which batch of the epoch, from 0
     ) -> tuple[Tensor, Tensor]:             # x and y, each (B, T) int64
         "This worker's rows of one batch: inputs, and targets shifted by one."
-        return next_token_pairs(gather(self.tokens, self.windows(epoch, step), self.order.context + 1))
+        if isinstance(self.tokens, ShuffledDocuments): rows = take(self.tokens.tokens, self.positions(epoch, step))
+        else: rows = gather(self.tokens, self.windows(epoch, step), self.order.context + 1)
+        x, y = next_token_pairs(rows)
+        return x, mask_boundaries(y, self.documents(epoch, step)) if self.within_documents else y
 
     def at(
         self,
@@ -328,3 +825,134 @@ def eval_batches(
     for i in range(0, full, batch_size):
         yield next_token_pairs(gather(tokens, np.arange(i, min(i+batch_size, full))*context, context + 1))
     if n % context: yield next_token_pairs(gather(tokens, np.array([full*context]), n % context + 1))
+
+# %% ../nbs/11_dataset.ipynb #ds-boundaries
+IGNORE = -100                               # a target that is no question: PyTorch's cross-entropy leaves it out
+
+def mask_boundaries(
+    y: Tensor,                              # targets, (B, T)
+    documents: Ints,                        # document of each token of the rows, (B, T+1)
+) -> Tensor:                                # the targets, `IGNORE` where input and target lie in different documents
+    "Take back the questions whose answer begins another document: nobody could know it."
+    import torch
+    return y.masked_fill(torch.from_numpy(documents[:, 1:] != documents[:, :-1]), IGNORE)
+
+# %% ../nbs/11_dataset.ipynb #ds-docmask
+def document_mask(
+    documents: Ints,                        # document of each input, (B, T)
+) -> Tensor:                                # True where position t may look at position s, (B, 1, T, T)
+    "Causal attention that stays inside each document: a block of a triangle for each."
+    import torch
+    d = torch.from_numpy(documents)
+    return ((d[:, :, None] == d[:, None, :]) & torch.ones(d.shape[1], d.shape[1], dtype=torch.bool).tril())[:, None]
+
+# %% ../nbs/11_dataset.ipynb #ds-culens
+def cu_seqlens(
+    documents: Ints,                        # document of each input, (B, T)
+) -> Tensor:                                # int32, (n+1,): where each piece begins in the B*T inputs laid end to end, and B*T
+    "The same boundaries as kernels for sequences of unequal length take them: cumulative lengths of the pieces."
+    import torch
+    begins = np.ones(documents.shape, bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return torch.from_numpy(np.append(np.flatnonzero(begins), documents.size).astype(np.int32))
+
+# %% ../nbs/11_dataset.ipynb #ds-loader
+def step_dataset(
+    batches: Any,                           # `Batches`, `StreamBatches` or anything with `at(step)`
+    start: int = 0,                         # first step
+    stop: int | None = None,                # one past the last step; None: for ever
+) -> IterableDataset[Any]:                  # for `DataLoader(..., batch_size=None, num_workers=n)`
+    "The batches from a step on, as an iterable for PyTorch's DataLoader: the same in the same order for any number of workers."
+    from torch.utils.data import IterableDataset, get_worker_info
+
+    class Steps(IterableDataset[Any]):
+        "Worker w of n makes the steps start + w, start + w + n, ...; the loader takes from the workers in turn."
+        def __iter__(self) -> Iterator[Any]:
+            info = get_worker_info()
+            first, n = (start + info.id, info.num_workers) if info else (start, 1)
+            return map(batches.at, itertools.count(first, n) if stop is None else range(first, stop, n))
+        def __reduce__(self) -> tuple[Any, ...]: return step_dataset, (batches, start, stop)      # a class made in a function cannot be pickled
+
+    return Steps()
+
+# %% ../nbs/11_dataset.ipynb #ds-stream-tokens
+def stream_tokens(
+    paths: Sequence[Path],                  # files, in the order in which they are read
+    tokenizer: Tokenizer,                   # turns text into ids; its `eos_id` ends each document
+    field: str = "text",                    # the field of a JSON line or the column of a Parquet file that holds the text
+    errors: str = "fail",                   # bytes that are not text: "fail", "replace" or "skip"
+) -> Iterator[Ids]:                         # ids, a document or a piece of one at a time
+    "Files to tokens while reading: nothing is held but one block."
+    for path in paths:
+        for block in read_blocks(path, cut=tokenizer.safe_cut, field=field):
+            for document in block_documents(block, field, errors):
+                yield tokenizer.encode_array(document.text)
+                if document.last: yield np.array([tokenizer.eos_id])
+
+# %% ../nbs/11_dataset.ipynb #ds-cutwindows
+def cut_windows(
+    parts: Iterable[Ids],                   # a token stream, in pieces
+    context: int,                           # T
+) -> Iterator[Ids]:                         # windows of T+1 ids, each beginning with the last id of the one before
+    "A stream of tokens as windows side by side."
+    held: Ids = np.empty(0, np.int32)
+    for part in parts:
+        held = np.concatenate([held, part])
+        n = max(0, len(held) - 1)//context
+        for i in range(n): yield held[i*context : (i+1)*context + 1]
+        held = held[n*context:]
+
+# %% ../nbs/11_dataset.ipynb #ds-streambatches
+class StreamBatches:
+    "Batches from files as they are, for text that was not prepared: the same for the same files and settings, but found by reading on."
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],        # files and patterns, as `expand_files` takes them
+        tokenizer: Tokenizer,               # turns text into ids
+        context: int,                       # T, tokens in a row
+        batch_size: int,                    # B, rows in a batch, over all workers together
+        seed: int = 0,                      # the run's seed
+        pool: int = 1024,                   # windows held, from which each row is drawn
+        field: str = "text",                # the field of a JSON line or the column of a Parquet file that holds the text
+        errors: str = "fail",               # bytes that are not text: "fail", "replace" or "skip"
+        rank: int = 0,                      # which worker this is
+        world: int = 1,                     # how many workers share a batch; each reads everything and keeps its rows
+    ) -> None:
+        if not 0 <= rank < world <= batch_size or context < 1 or pool < 1:
+            raise ConfigError(f"rank {rank} of {world}, {batch_size} rows of {context}, a pool of {pool}: need 0 <= rank < world <= rows, and the rest at least 1.")
+        self.paths, self.tokenizer, self.context, self.batch_size, self.seed = expand_files(paths), tokenizer, context, batch_size, seed
+        self.pool, self.field, self.errors = pool, field, errors
+        self.rows = slice(rank*batch_size//world, (rank+1)*batch_size//world)
+        self._next = 0
+        self._windows: Iterator[Ids] | None = None
+
+    def _tokens(self) -> Iterator[Ids]:
+        "The tokens of all epochs: the files in another order each time."
+        for epoch in itertools.count():
+            order = permute(np.arange(len(self.paths)), len(self.paths), epoch_keys(self.seed, epoch)[:ROUNDS])
+            n = 0
+            for part in stream_tokens([self.paths[i] for i in order], self.tokenizer, self.field, self.errors): n += len(part); yield part
+            if not n: raise DataError(f"there is no text in {self.paths[0]}{' and the others' if len(self.paths) > 1 else ''}: nothing to learn from.")
+
+    def _shuffled(self) -> Iterator[Ids]:
+        "The windows, each leaving a full pool at random to make room for the next."
+        windows, rng = cut_windows(self._tokens(), self.context), np.random.default_rng([self.seed, 2])
+        pool = list(itertools.islice(windows, self.pool))
+        for window in windows:
+            i = int(rng.integers(self.pool))
+            yield pool[i]
+            pool[i] = window
+
+    def at(
+        self,
+        step: int,                          # batches since the start of training, from 0
+    ) -> tuple[Tensor, Tensor]:             # x and y, each (B, T) int64
+        "The batch of a step. The next step costs one batch; a later one costs reading up to it, an earlier one starts again from the front."
+        if self._windows is None or step < self._next: self._windows, self._next = self._shuffled(), 0
+        for _ in range((step - self._next)*self.batch_size): next(self._windows)
+        self._next = step + 1
+        return next_token_pairs(np.stack([*itertools.islice(self._windows, self.batch_size)][self.rows]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_windows": None, "_next": 0}      # a copy in another process reads for itself

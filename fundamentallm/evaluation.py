@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.float64]
 
 # %% auto #0
 __all__ = ['Floats', 'Evaluation', 'bits_per_byte', 'unigram_entropy', 'bigram_entropy', 'ngram_losses', 'token_losses',
-           'evaluate']
+           'count_bytes', 'evaluate']
 
 # %% ../nbs/51_evaluation.ipynb #ev-evaluation
 @dataclasses.dataclass(frozen=True)
@@ -126,11 +126,21 @@ def token_losses(
     finally: model.train(was_training)
     return torch.cat(out).double().numpy()
 
+# %% ../nbs/51_evaluation.ipynb #ev-bytes
+def count_bytes(
+    tokenizer: Tokenizer,            # the one that made the tokens
+    tokens: Ids | TokenShards,       # the token stream, (N,)
+) -> int:                            # bytes of UTF-8
+    "The bytes of text that tokens stand for; special tokens stand for none."
+    length = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+    length[list(tokenizer.specials.values())] = 0
+    return sum(int(length[tokens[i:i + 2**20]].sum()) for i in range(0, len(tokens), 2**20))
+
 # %% ../nbs/51_evaluation.ipynb #ev-evaluate
 def evaluate(
     model: LanguageModel,            # the model
     tokenizer: Tokenizer,            # its tokenizer
-    text: str,                       # held-out text, at least two tokens
+    text: str | Ids | TokenShards,   # held-out text, or its tokens, (N,): at least two
     *,
     context: int | None = None,      # tokens the model sees at once; None is all it was built for
     batch_size: int = 32,            # rows at a time; no effect on the result
@@ -138,10 +148,11 @@ def evaluate(
     errors: str = "strict",          # "strict": an unknown character is a `DataError`; "unk": it counts as <unk>
 ) -> Evaluation:                     # loss, perplexity, bits per byte
     "Loss, perplexity and bits per byte of a model on a text."
-    ids = tokenizer.encode_array(text, errors=errors)
+    ids = tokenizer.encode_array(text, errors=errors) if isinstance(text, str) else text
     if len(ids) < 2: raise DataError(f"the text is too short to evaluate: {len(ids)} token(s), but predicting one needs 2.")
     losses = token_losses(model, ids, context or model.config.context, batch_size, stride)
-    n_bytes = max(1, len(text.encode()) - len(tokenizer.decode(ids[:1].tolist()).encode()))
+    all_bytes = len(text.encode()) if isinstance(text, str) else count_bytes(tokenizer, ids)
+    n_bytes = max(1, all_bytes - count_bytes(tokenizer, ids[:1]))
     loss = float(losses.mean())
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return Evaluation(loss, perplexity, bits_per_byte(float(losses.sum()), n_bytes), len(losses), n_bytes)

@@ -29,8 +29,9 @@ from .config import load_config, replace
 from .trainer import train
 
 # %% auto #0
-__all__ = ['matmul_rate', 'PlainBlock', 'PlainGPT', 'plain_loop', 'op_times', 'alternate', 'compare', 'library_loop',
-           'bench_speed', 'machine', 'processor', 'ablate']
+__all__ = ['HARNESS', 'OURS', 'RANKS', 'TRAIN', 'ENCODE', 'matmul_rate', 'PlainBlock', 'PlainGPT', 'plain_loop', 'op_times',
+           'alternate', 'compare', 'library_loop', 'bench_speed', 'machine', 'processor', 'text_command',
+           'bench_tokenizers', 'ablate']
 
 # %% ../nbs/45_profile.ipynb #fbf90b23
 def matmul_rate(
@@ -140,16 +141,17 @@ def op_times(
 
 # %% ../nbs/45_profile.ipynb #06498b06
 def alternate(
-    commands: Mapping[str, Sequence[str]],  # name -> command that prints one JSON object with `tokens_per_s` as its last line
+    commands: Mapping[str, Sequence[str]],  # name -> command that prints one JSON object with `key` in it as its last line
     pairs: int = 5,                         # rounds; in each, every command runs once
-) -> dict[str, list[float]]:                # name -> tokens a second, one a round
+    key: str = "tokens_per_s",              # the figure to collect
+) -> dict[str, list[float]]:                # name -> the figure, one a round
     "Run whole processes in turn and collect what each says of its speed. Raises RuntimeError with the output of one that fails."
     speeds: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(pairs):
         for name, command in commands.items():
             done = subprocess.run(list(command), capture_output=True, text=True)
             if done.returncode: raise RuntimeError(f"{name} failed: {done.stderr.strip()[-500:]}")
-            speeds[name].append(float(json.loads(done.stdout.strip().splitlines()[-1])["tokens_per_s"]))
+            speeds[name].append(float(json.loads(done.stdout.strip().splitlines()[-1])[key]))
     return speeds
 
 # %% ../nbs/45_profile.ipynb #c38ba46c
@@ -210,6 +212,83 @@ def processor() -> str:  # such as "AMD EPYC, 2 cores"
     except OSError: info = ""
     name = re.search(r"model name\s*:\s*(.+)", info)
     return f"{name[1].strip() if name else platform.machine()}, {os.cpu_count()} cores"
+
+# %% ../nbs/45_profile.ipynb #tk-harness
+HARNESS = """
+import json, re, resource, time
+text = open({path!r}, encoding="utf-8").read()
+docs = re.findall(r"(?s).{{1,50000}}(?:\\n(?=\\S)|$)|.+", text)
+{setup}
+start = time.perf_counter()
+{job}
+seconds = time.perf_counter() - start
+peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+print(json.dumps({{"mb_per_s": len(text.encode())/1e6/seconds, "peak_mb": peak/1024}}))
+"""
+
+# %% ../nbs/45_profile.ipynb #tk-jobs
+OURS = "from fundamentallm.core import fetch; from fundamentallm import bpe, tokenizer as tk; "
+RANKS = OURS + "ranks = bpe.merges_to_ranks(bpe.read_merges(fetch('gpt2-merges'))); "
+TRAIN = {  # program -> setup, job; V is the size of the vocabulary, special tokens not counted
+    "ours": (OURS, "tk.BPETokenizer.train(docs, {V} + 4, split='gpt2')"),
+    "tokenizers": ("from tokenizers import Tokenizer, models, pre_tokenizers, trainers; t = Tokenizer(models.BPE()); "
+                   "t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)",
+                   "t.train_from_iterator(docs, trainers.BpeTrainer(vocab_size={V}, show_progress=False, "
+                   "initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))"),
+    "rustbpe": ("import rustbpe; t = rustbpe.Tokenizer()", "t.train_from_iterator(iter(docs), {V}, pattern={pattern!r})"),
+    "sentencepiece": ("import io, sentencepiece", "sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(docs), model_writer=io.BytesIO(), "
+                      "vocab_size={V}, model_type='bpe', byte_fallback=True, max_sentence_length=10**6, minloglevel=2)"),
+}
+ENCODE = {  # GPT-2's vocabulary; sentencepiece has none such and learns 8,192 tokens of its own first
+    "ours": (OURS + "t = tk.load_tokenizer('gpt2')", "t.encode_array(text)"),
+    "ours, literate": (OURS + "t = bpe.MergeEncoder(bpe.read_merges(fetch('gpt2-merges')), bpe.SPLITS['gpt2'])", "t.encode(text)"),
+    "tiktoken": (RANKS + "import os, tiktoken; t = tiktoken.Encoding('gpt2', pat_str={pattern!r}, mergeable_ranks=ranks, special_tokens={{}})",
+                 "t.encode_ordinary_batch(docs, num_threads=len(os.sched_getaffinity(0)))"),
+    "tokenizers": (OURS + "import tempfile, tokenizers; d = tempfile.mkdtemp(); tk.load_tokenizer('gpt2').save(d); "
+                   "t = tokenizers.Tokenizer.from_file(d + '/tokenizer.json')", "[e.ids for e in t.encode_batch_fast(docs)]"),
+    "sentencepiece": ("import io, sentencepiece; b = io.BytesIO(); sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(docs[:100]), model_writer=b, "
+                      "vocab_size=8192, hard_vocab_limit=False, model_type='bpe', byte_fallback=True, max_sentence_length=10**6, minloglevel=2); "
+                      "t = sentencepiece.SentencePieceProcessor(model_proto=b.getvalue())", "t.encode(docs, num_threads={cores})"),
+}
+
+# %% ../nbs/45_profile.ipynb #tk-bench
+def text_command(
+    python: str,                # the interpreter: the peers may live in an environment of their own
+    path: str,                  # the text
+    parts: tuple[str, str],     # setup and job, see `TRAIN` and `ENCODE`
+    cores: int,                 # how many it may use
+    **values: Any,              # what the job's braces stand for
+) -> list[str]:                 # a command that prints one JSON object: mb_per_s, peak_mb
+    "A program that does one job between two looks at the clock, bound to the first `cores` cores of this process."
+    from fundamentallm.bpe import SPLITS
+    setup, job = (part.format(pattern=SPLITS["gpt2"].pattern, cores=cores, **values) for part in parts)
+    bind = f"import os; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:{cores}]); os.environ['RAYON_NUM_THREADS'] = '{cores}'; " \
+           "os.environ['TOKENIZERS_PARALLELISM'] = 'true'\n"
+    return [python, "-c", bind + HARNESS.format(path=path, setup=setup, job=job)]
+
+
+def bench_tokenizers(
+    small: str,                       # a text of about a megabyte, to learn 1,024 tokens from
+    large: str,                       # a text of tens of megabytes, to learn 8,192 from and to encode
+    pairs: int = 5,                   # rounds of whole processes in turn
+    peers: str | None = None,         # a Python that has rustbpe and sentencepiece; None: without these two
+    sizes: tuple[int, int] = (1024, 8192),  # vocabularies to learn, special tokens not counted
+) -> dict[str, Any]:                  # ratios to `tokenizers`, MB/s, memory, the machine, the versions, the date
+    "Learning and encoding beside `tokenizers`, tiktoken, rustbpe and sentencepiece, in alternating processes."
+    from importlib.metadata import version
+    everyone = {name: peers if name in ("rustbpe", "sentencepiece") else sys.executable for name in (*TRAIN, *ENCODE)}
+    cores = len(os.sched_getaffinity(0))
+    jobs: dict[str, dict[str, list[str]]] = {}
+    for name, table, path, n, values in (("learn a small text", TRAIN, small, cores, {"V": sizes[0]}), ("learn a large text", TRAIN, large, cores, {"V": sizes[1]}),
+                                         ("encode, one core", ENCODE, large, 1, {}), ("encode, all cores", ENCODE, large, cores, {})):
+        jobs[name] = {who: text_command(python, path, parts, n, **values) for who, parts in table.items() if (python := everyone[who])}
+    out: dict[str, Any] = {"mb_per_s": {}, "peak_mb": {}, "ratios": {}}
+    for job, commands in jobs.items():
+        speeds = alternate(commands, pairs, "mb_per_s")
+        out["mb_per_s"][job] = {who: statistics.median(s) for who, s in speeds.items()}
+        out["ratios"][job] = {who: compare(speeds, who, "tokenizers") for who in commands}
+        out["peak_mb"][job] = {who: s[0] for who, s in alternate(commands, 1, "peak_mb").items()}
+    return out | machine() | {name: version(name) for name in ("tokenizers", "tiktoken")}
 
 # %% ../nbs/45_profile.ipynb #31c8cf21
 def ablate(

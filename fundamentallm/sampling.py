@@ -230,10 +230,10 @@ def encode_prompt(
 def suppressed(
     tokenizer: Tokenizer,  # the model's
     eos_id: int | None,    # the special token that may be drawn, because it ends the text
-) -> list[int]:            # ids of the special tokens that never may
-    "The ids of the tokens that stand for no text: a sample must not contain them."
-    special = (tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id)
-    return [i for i in special if i != eos_id]
+) -> list[int]:            # ids that never may
+    "The ids that stand for no text, special tokens and gaps in a vocabulary: a sample must not contain them."
+    gaps = {i for i in range(tokenizer.vocab_size) if not tokenizer.token_bytes(i)}
+    return sorted((gaps | set(tokenizer.specials.values())) - {eos_id})
 
 # %% ../nbs/50_sampling.ipynb #sp-streamtext
 def stream_text(

@@ -5,24 +5,79 @@
 # %% ../nbs/10_tokenizer.ipynb #imports
 from __future__ import annotations
 
+import builtins
+import hashlib
+import heapq
 import json
+import os
+import re
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import cached_property, partial
+from itertools import chain, count, repeat
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import regex
 
-from .core import CheckpointError, DataError, atomic_file
+from fundamentallm.bpe import (
+    BYTES,
+    SPLITS,
+    Merge,
+    MergeEncoder,
+    Progress,
+    Split,
+    check_merges,
+    count_pre_tokens,
+    find_split,
+    odd_tokens,
+    pre_tokens,
+    ranks_to_merges,
+    read_merges,
+    read_ranks,
+    safe_cut,
+    spell,
+    train_merges,
+    unspell,
+)
+from .core import CheckpointError, DataError, atomic_file, fetch
+
+Ids: TypeAlias = npt.NDArray[np.int32]
+T = TypeVar("T", bound="Tokenizer")
 
 # %% auto #0
-__all__ = ['SPECIALS', 'check_ids', 'Tokenizer', 'describe_character', 'CharTokenizer', 'hf_tokenizer_json',
-           'hf_tokenizer_config', 'load_tokenizer_json']
+__all__ = ['Ids', 'T', 'SPECIALS', 'END', 'SURROGATE', 'TRAIN', 'HALF', 'WORDS', 'LONG', 'BYTE_LEVEL', 'CACHE', 'PUBLISHED',
+           'cores', 'check_ids', 'Tokenizer', 'TokenInfo', 'Unencodable', 'describe_character', 'CharTokenizer',
+           'hf_tokenizer_json', 'hf_split', 'split_words', 'WordTokenizer', 'BPETokenizer', 'hf_byte_level',
+           'WordPieceTokenizer', 'train_pieces', 'load_tokenizer_json', 'load_tokenizer', 'hf_tokenizer_config']
 
 # %% ../nbs/10_tokenizer.ipynb #specials
 SPECIALS = ("<pad>", "<unk>", "<bos>", "<eos>")  # ids 0 to 3 in every tokenizer trained here
+
+# %% ../nbs/10_tokenizer.ipynb #roles
+END = "<|endoftext|>"  # the one special token of GPT-2, which plays all four parts
+
+def cores() -> int:  # at least 1
+    "How many processor cores this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+def _roles(specials: Mapping[str, int]) -> list[int]:
+    "The ids that pad, stand for the unknown, begin and end: the four `SPECIALS`, or `<|endoftext|>` in the place of a missing one."
+    missing = [t for t in SPECIALS if t not in specials]
+    if missing and END not in specials: raise DataError(f"no special token is called {missing[0]} or {END}: name one so")
+    return [specials.get(t, specials.get(END, -1)) for t in SPECIALS]
+
+def _listed_twice(tokens: Sequence[str]) -> str:
+    "What to tell the user about a vocabulary that lists a token twice."
+    name = next(t for t, n in Counter(filter(None, tokens)).items() if n > 1)
+    first, second = [i for i, t in enumerate(tokens) if t == name][:2]
+    return f"token {name!r} has two ids, {first} and {second}: a name may stand for one token only"
 
 # %% ../nbs/10_tokenizer.ipynb #check_ids
 def check_ids(
@@ -38,33 +93,35 @@ def check_ids(
 
 # %% ../nbs/10_tokenizer.ipynb #base
 class Tokenizer(ABC):
-    "Text to token ids and back. `decode(encode(s)) == s`, or `encode` says which character it does not know."
-    model_type: ClassVar[str]  # "type" of the model in tokenizer.json, by which `load` finds the class
+    "Text to token ids and back. `decode(encode(s)) == s`, or `encode` says what it does not know."
+    model_type: ClassVar[str]                   # "type" of the model in tokenizer.json
+    in_processes: ClassVar[bool] = True         # does `encode_batch` need processes to use several cores? (compiled code does not)
+    threads: int                                # how many threads one long text may use; default: every core
 
     def __init__(
         self,
-        tokens: Iterable[str],  # every token's name in the order of ids; the four `SPECIALS` are among them
+        tokens: Iterable[str],                      # every token's name in the order of ids; "" is an id without a token
+        specials: Mapping[str, int] | None = None,  # name to id of the special ones among them; None: the four `SPECIALS`
     ) -> None:
         self.tokens = tuple(tokens)
-        self.vocab_size = len(self.tokens)                             # V; ids are 0 to V - 1
-        self.specials = {t: self.tokens.index(t) for t in SPECIALS}    # name to id
-        self.pad_id, self.unk_id, self.bos_id, self.eos_id = self.specials.values()
+        self.vocab_size = len(self.tokens)             # V; ids are 0 to V - 1
+        self.specials = {t: self.tokens.index(t) for t in SPECIALS} if specials is None else dict(specials)
+        self.pad_id, self.unk_id, self.bos_id, self.eos_id = _roles(self.specials)
+        self._ids = {t: i for i, t in enumerate(self.tokens) if t}
+        if len(self._ids) < sum(map(bool, self.tokens)): raise DataError(_listed_twice(self.tokens))
+        self.threads = cores()
+
+    # what a new kind of tokenizer has to bring
+    @abstractmethod
+    def _encode(self, text: str, errors: str, threads: int = 1) -> Ids:
+        "The ids of a text without special tokens; raises `Unencodable`."
 
     @abstractmethod
-    def encode_array(
+    def safe_cut(
         self,
-        text: str,              # any string
-        errors: str = "strict", # what cannot be encoded: "strict" raises a DataError, "unk" gives `unk_id`
-    ) -> npt.NDArray[np.int32]: # ids, (n_tokens,)
-        "Token ids of a text as an array: the fast way for a whole corpus."
-
-    @abstractmethod
-    def decode(
-        self,
-        ids: Iterable[int],          # token ids: a list, an array, a tensor of one dimension
-        skip_special: bool = False,  # leave out special tokens instead of writing their names
-    ) -> str:                        # text
-        "The text that token ids stand for. DataError on an id outside the vocabulary."
+        text: str,  # a text, or a window of one
+    ) -> int:       # 0 < n < len(text), or 0: nowhere
+        "The last place where a text may be cut so that the ids of its parts are the ids of the whole, whatever stands before and after."
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:  # what tokenizer.json holds, in the format of Hugging Face `tokenizers`
@@ -78,30 +135,145 @@ class Tokenizer(ABC):
     ) -> Tokenizer:            # the tokenizer that wrote it
         "Undo `to_json`."
 
+    # text to ids
+    def encode_array(
+        self,
+        text: str,                     # any string
+        errors: str = "strict",        # what cannot be encoded: "strict" raises a DataError, "unk" gives `unk_id` (bytes: U+FFFD)
+        special: Collection[str] = (), # names of special tokens to be read out of the text; the others are letters like all letters
+    ) -> Ids:                          # (n_tokens,)
+        "Token ids of a text as an array: the fast way for a whole corpus."
+        return self._encode_text(text, errors, special, self.threads)
+
     def encode(
         self,
-        text: str,               # any string
-        errors: str = "strict",  # what cannot be encoded: "strict" raises a DataError, "unk" gives `unk_id`
-    ) -> list[int]:              # token ids
-        "Token ids of a text. Special tokens are never read out of text nor added to it: use `bos_id`, `eos_id`."
-        ids: list[int] = self.encode_array(text, errors).tolist()
+        text: str,                     # any string
+        errors: str = "strict",        # what cannot be encoded: "strict" raises a DataError, "unk" replaces it
+        special: Collection[str] = (), # names of special tokens to be read out of the text
+    ) -> list[int]:                    # token ids
+        "Token ids of a text. Special tokens are not read out of it unless named, and never added: use `bos_id`, `eos_id`."
+        ids: list[int] = self.encode_array(text, errors, special).tolist()
         return ids
 
+    def encode_batch(
+        self,
+        texts: Sequence[str],           # any strings
+        errors: str = "strict",         # as `encode`
+        special: Collection[str] = (),  # as `encode`
+        workers: int | None = None,     # cores; None: all, where threads suffice, else one (processes cost their start: ask for them)
+    ) -> list[Ids]:                     # the ids of each text, as `encode_array` gives them
+        "The ids of many texts, in parallel."
+        workers = workers or (1 if self.in_processes else cores())
+        work = partial(_encode_group, errors=errors, special=special)
+        groups = _groups(texts, 4*workers)
+        if workers == 1 or len(groups) < 2: return list(chain.from_iterable(work(g, tokenizer=self) for g in groups))
+        with _pool(self, workers) as pool:
+            return list(chain.from_iterable(pool.map(work if self.in_processes else partial(work, tokenizer=self), groups)))
+
+    def encode_stream(
+        self,
+        chunks: Iterable[str],    # a text in pieces of any length: `iter(lambda: f.read(2**20), "")`
+        errors: str = "strict",   # as `encode`
+    ) -> Iterator[Ids]:           # arrays that joined are the ids of the joined chunks
+        "The ids of a text that need not fit in memory; it is cut where a cut changes nothing, and the rest waits for the next chunk."
+        waiting: list[str] = []
+        done = 0                                                       # characters handed over
+        for chunk in filter(None, chunks):
+            window = waiting[-1][-1] + chunk if waiting else chunk     # one character back: a cut may lie between two chunks
+            n = self.safe_cut(window) - (len(window) - len(chunk))
+            if n < 0 or (n == 0 and not waiting): waiting.append(chunk); continue
+            part = "".join([*waiting, chunk[:n]])
+            yield self._encode_text(part, errors, (), self.threads, done)
+            waiting, done = [chunk[n:]], done + len(part)
+        if waiting: yield self._encode_text("".join(waiting), errors, (), self.threads, done)
+
+    def encode_offsets(
+        self,
+        text: str,                      # any string
+        errors: str = "strict",         # as `encode`
+        special: Collection[str] = (),  # as `encode`
+    ) -> tuple[Ids, npt.NDArray[np.int64]]:  # ids (n,) and spans (n, 2): token k is written in text[a:b]
+        "Ids, and where each comes from. A token that begins or ends inside a character covers the whole of it."
+        ids, spans = [np.empty(0, np.int32)], [np.empty((0, 2), np.int64)]
+        for at, piece, is_special, new in self._encode_segments(text, errors, special, self.threads, 0):
+            ids.append(new)
+            spans.append(at + (np.array([[0, len(piece)]]) if is_special else self._spans(piece, new)))
+        return np.concatenate(ids), np.concatenate(spans)
+
+    # ids to text
+    def decode(
+        self,
+        ids: Iterable[int],          # token ids: a list, an array, a tensor of one dimension
+        skip_special: bool = False,  # leave out special tokens instead of writing their names
+    ) -> str:                        # text; bytes that are no UTF-8 become U+FFFD
+        "The text that token ids stand for. DataError on an id outside the vocabulary."
+        plain, drop = check_ids(ids, self.vocab_size), set(self.specials.values()) if skip_special else ()
+        return b"".join([self._bytes[i] for i in plain if i not in drop]).decode("utf-8", "replace")
+
+    def decode_batch(
+        self,
+        batch: Iterable[Iterable[int]],  # rows of token ids
+        skip_special: bool = False,      # as `decode`
+    ) -> list[str]:                      # one text a row
+        "The texts of many rows."
+        return [self.decode(ids, skip_special) for ids in batch]
+
+    # the vocabulary
     def token(
         self,
         id: int,  # token id
-    ) -> str:     # its name: the text it stands for, or such as "<eos>"
-        "One token's name. DataError on an id outside the vocabulary."
+    ) -> str:     # its name: the text it stands for (byte-level BPE: in GPT-2's spelling), or such as "<eos>"
+        "One token's name, as in tokenizer.json. DataError on an id outside the vocabulary."
         check_ids([id], self.vocab_size)
         return self.tokens[id]
+
+    def token_bytes(
+        self,
+        id: int,  # token id
+    ) -> bytes:   # what `decode` writes for it
+        "The bytes a token stands for. DataError on an id outside the vocabulary."
+        check_ids([id], self.vocab_size)
+        return self._bytes[id]
+
+    def id_of(
+        self,
+        token: str,  # a token's name
+    ) -> int:        # its id
+        "The id of a token. DataError if there is no such token."
+        if token not in self._ids: raise DataError(f"no token is called {token!r} among the {self.vocab_size:,}: look in `tokens`")
+        return self._ids[token]
+
+    def vocabulary(self) -> list[TokenInfo]:  # a row for each id
+        "The whole vocabulary, to be looked at."
+        special = set(self.specials.values())
+        return [TokenInfo(i, t, b.decode("utf-8", "replace"), b, i in special) for i, (t, b) in enumerate(zip(self.tokens, self._bytes))]
+
+    def add_special(
+        self,
+        *names: str,  # such as "<|user|>"; one that is special already stays as it is
+    ) -> Self:        # a copy; the ids that were there have not changed
+        "The same tokenizer with more special tokens, at the end of the vocabulary."
+        new = [n for n in dict.fromkeys(names) if n not in self.specials]
+        for name in new:
+            if why := self._not_special(name): raise DataError(f"{name!r} cannot be a special token: {why}; take a name such as '<|name|>'")
+        made = object.__new__(type(self))
+        made.__setstate__(self.__getstate__())
+        Tokenizer.__init__(made, [*self.tokens, *new], self.specials | dict(zip(new, count(self.vocab_size))))
+        return made
+
+    # files
+    @cached_property
+    def fingerprint(self) -> str:
+        "SHA-256 of tokenizer.json in a canonical form: two tokenizers with the same one give the same ids."
+        return hashlib.sha256(json.dumps(self.to_json(), ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def save(
         self,
         dir: str | Path,  # directory; made if missing
     ) -> None:
         "Write tokenizer.json (and tokenizer_config.json for `transformers`), each whole or not at all."
-        for name, content in (("tokenizer.json", self.to_json()), ("tokenizer_config.json", hf_tokenizer_config())):
-            with atomic_file(Path(dir)/name) as f: json.dump(content, f, ensure_ascii=False, indent=1)
+        for name, content in (("tokenizer.json", self.to_json()), ("tokenizer_config.json", hf_tokenizer_config(self))):
+            with atomic_file(Path(dir)/name) as f: f.write(json.dumps(content, ensure_ascii=False))  # an indent would cost a second
 
     @staticmethod
     def load(
@@ -110,7 +282,128 @@ class Tokenizer(ABC):
         "Read a saved tokenizer. CheckpointError if it is missing, damaged or of a kind unknown here."
         return load_tokenizer_json(Path(dir)/"tokenizer.json")
 
+    @classmethod
+    def reads(
+        cls,
+        spec: dict[str, Any],  # what a tokenizer.json holds
+    ) -> bool:                 # True: `from_json` is for it
+        "Is this the class that wrote the file?"
+        return bool(spec["model"]["type"] == cls.model_type)
+
     def __repr__(self) -> str: return f"{type(self).__name__}(vocab_size={self.vocab_size})"
+
+    # what the public methods are made of
+    def _encode_text(self, text: str, errors: str, special: Collection[str], threads: int, before: int = 0) -> Ids:
+        "Ids of a text that begins `before` characters into a stream."
+        parts = [ids for *_, ids in self._encode_segments(text, errors, special, threads, before)]
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int32), *parts])
+
+    def _encode_segments(self, text: str, errors: str, special: Collection[str], threads: int, before: int) -> Iterator[tuple[int, str, bool, Ids]]:
+        "Where each segment begins, the segment, whether it is a special token, its ids; errors become messages here."
+        if errors not in ("strict", "unk"): raise ValueError(f"errors is {errors!r}: use 'strict' or 'unk'")
+        at = 0
+        try:
+            for at, piece, id in self._segments(text, special) if special else [(0, text, None)]:
+                yield at, piece, id is not None, self._encode(piece, errors, threads) if id is None else np.array([id], np.int32)
+        except Unencodable as e: raise DataError(e.message(text, at, before)) from None
+
+    def _segments(self, text: str, special: Collection[str]) -> Iterator[tuple[int, str, int | None]]:
+        "A text cut at special tokens: where each piece begins, the piece, and its id if it is a special token."
+        names = {special} if isinstance(special, str) else set(special)
+        if bad := sorted(names - self.specials.keys()):
+            raise DataError(f"{bad[0]!r} is not a special token of this tokenizer: it has {', '.join(self.specials)}")
+        any_of = "|".join(re.escape(n) for n in sorted(names, key=lambda n: (-len(n), n)))   # the longest first, so that it wins
+        at = 0
+        for m in re.finditer(any_of, text) if names else ():
+            if m.start() > at: yield at, text[at:m.start()], None
+            yield m.start(), m[0], self.specials[m[0]]
+            at = m.end()
+        if at < len(text): yield at, text[at:], None
+
+    @cached_property
+    def _bytes(self) -> tuple[bytes, ...]:
+        "What each token stands for."
+        return tuple(t.encode() for t in self.tokens)
+
+    def _spans(self, text: str, ids: Ids) -> npt.NDArray[np.int64]:
+        "Where the tokens of `text` stand in it, in characters, if their bytes joined are the text's: (n, 2)."
+        data = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)
+        character = np.cumsum((data & 0xC0) != 0x80) - 1     # of each byte: a byte 10...... continues one
+        ends = np.cumsum([len(self._bytes[i]) for i in ids.tolist()], dtype=np.int64)
+        starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
+        return np.stack([character[starts], character[ends - 1] + 1], axis=1)
+
+    def _not_special(self, name: str) -> str:
+        "Why this cannot be the name of a special token; empty if it can."
+        if not name: return "it is empty"
+        if SURROGATE.search(name): return "it holds half of a surrogate pair"
+        return "it is an ordinary token of this vocabulary" if name in self._ids else ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        "What is copied and sent to other processes: all but what is computed on demand."
+        return {k: v for k, v in self.__dict__.items() if not isinstance(getattr(type(self), k, None), cached_property)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None: self.__dict__.update(state)
+
+# %% ../nbs/10_tokenizer.ipynb #infos
+class TokenInfo(NamedTuple):
+    "One row of a vocabulary."
+    id: int                # the token's number
+    token: str             # its name, as in tokenizer.json
+    text: str              # what it stands for, with U+FFFD for bytes that are no character alone
+    bytes: builtins.bytes  # what it stands for
+    special: bool          # does it stand for no text at all?
+
+class Unencodable(Exception):
+    "Something in a text that a tokenizer has no id for."
+    def __init__(
+        self,
+        what: str,  # what it is, such as "word 'abacus'"
+        at: int,    # where it stands
+        cure: str,  # what to do
+    ) -> None: self.what, self.at, self.cure = what, at, cure
+
+    def message(
+        self,
+        text: str,    # what was being encoded
+        start: int,   # where in it the part began that `at` is counted from
+        before: int,  # characters of the stream that came before `text`
+    ) -> str:         # one line: what, where, cure
+        "What to tell the user."
+        at = start + self.at
+        line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
+        where = f"position {before + at}" + (" of the stream" if before else f" (line {line}, column {column})")
+        return f"{self.what} at {where} {self.cure}"
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+TRAIN = "is not in the vocabulary: change it, train the tokenizer on text that has it, or encode with errors='unk'"
+HALF = "is half of a surrogate pair, not a character: read the text with the right encoding"
+
+# %% ../nbs/10_tokenizer.ipynb #groups
+def _groups(texts: Sequence[str], n: int) -> list[tuple[int, Sequence[str]]]:
+    "Neighbouring texts in about n groups of about the same number of characters, each with the index of its first."
+    ends = np.cumsum([0, *map(len, texts)])
+    cuts = [0, *np.searchsorted(ends[1:], ends[-1]*np.arange(1, n)/n).tolist(), len(texts)]
+    return [(a, texts[a:b]) for a, b in zip(cuts, cuts[1:]) if a < b]
+
+_own: list[Tokenizer] = []   # in a worker process: its tokenizer
+
+def _encode_group(group: tuple[int, Sequence[str]], errors: str, special: Collection[str], tokenizer: Tokenizer | None = None) -> list[Ids]:
+    "Encode a group of texts on one core."
+    encode, out = (tokenizer or _own[0])._encode_text, list[Ids]()
+    for i, text in enumerate(group[1], group[0]):
+        try: out.append(encode(text, errors, special, 1))
+        except DataError as e: raise DataError(f"text {i} of the batch: {e}") from None
+    return out
+
+def _pool(tokenizer: Tokenizer, workers: int) -> Executor:
+    "Threads, or processes that each have a copy of the tokenizer."
+    if not tokenizer.in_processes: return ThreadPoolExecutor(workers)
+    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(tokenizer,))
+
+def _start_worker(tokenizer: Tokenizer) -> None:
+    "Keep the tokenizer that this process was given."
+    _own.append(tokenizer)
 
 # %% ../nbs/10_tokenizer.ipynb #describe
 def describe_character(
@@ -131,7 +424,7 @@ class CharTokenizer(Tokenizer):
         characters: Iterable[str],  # single characters, in any order, each once or more
     ) -> None:
         chars = sorted(set(characters))
-        if bad := [c for c in chars if len(c) != 1 or "\ud800" <= c <= "\udfff"]: raise DataError(_not_a_character(bad[0]))
+        if bad := [c for c in chars if len(c) != 1 or SURROGATE.match(c)]: raise DataError(_not_a_character(bad[0]))
         super().__init__([*SPECIALS, *chars])
         codes = np.array([ord(c) for c in chars], dtype=np.int64)
         # one entry a code point; the last stands for all larger ones, and every gap is <unk>
@@ -141,40 +434,48 @@ class CharTokenizer(Tokenizer):
     @classmethod
     def train(
         cls,
-        text: str,         # the text to be encoded later, or as much of it as shows every character
-    ) -> CharTokenizer:    # knows each character in it
+        text: str | Iterable[str],  # the text to be encoded later, or as much of it as shows every character; or pieces of it
+    ) -> CharTokenizer:             # knows each character in it
         "Learn the vocabulary: the set of characters. DataError if the text is empty."
-        if not text: raise DataError("cannot learn characters from an empty text: give it the text to be encoded")
-        return cls(set(text))
+        known: set[str] = set()
+        for piece in _pieces(text): known.update(piece)
+        if not known: raise DataError("cannot learn characters from an empty text: give it the text to be encoded")
+        return cls(known)
 
-    def encode_array(
-        self,
-        text: str,               # any string
-        errors: str = "strict",  # an unknown character: "strict" raises a DataError, "unk" gives `unk_id`
-    ) -> npt.NDArray[np.int32]:  # ids, (len(text),)
-        "Ids by one table lookup a code point; DataError names the first unknown character and where it stands."
-        if errors not in ("strict", "unk"): raise ValueError(f"errors is {errors!r}: use 'strict' or 'unk'")
+    def _encode(self, text: str, errors: str, threads: int = 1) -> Ids:
+        "Ids by one table lookup a code point."
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-        ids: npt.NDArray[np.int32] = self._id_of[np.minimum(codes, len(self._id_of) - 1)]
-        if errors == "strict" and (ids == self.unk_id).any(): raise DataError(_unknown(text, int((ids == self.unk_id).argmax())))
+        ids: Ids = self._id_of[np.minimum(codes, len(self._id_of) - 1)]
+        if errors == "strict" and (unknown := ids == self.unk_id).any():
+            at = int(unknown.argmax())
+            raise Unencodable(f"character {describe_character(text[at])}", at, TRAIN)
         return ids
 
-    def decode(
+    def _spans(self, text: str, ids: Ids) -> npt.NDArray[np.int64]:
+        "Token k is character k, known or not."
+        at = np.arange(len(ids), dtype=np.int64)
+        return np.stack([at, at + 1], axis=1)
+
+    def safe_cut(
         self,
-        ids: Iterable[int],          # token ids: a list, an array, a tensor of one dimension
-        skip_special: bool = False,  # leave out special tokens instead of writing their names
-    ) -> str:                        # text
-        "Join the characters; a special token is written by its name unless skipped."
-        plain = check_ids(ids, self.vocab_size)
-        if skip_special: plain = [i for i in plain if i >= len(SPECIALS)]
-        return "".join([self.tokens[i] for i in plain])
+        text: str,  # a text, or a window of one
+    ) -> int:       # 0 < n < len(text), or 0: nowhere
+        "Between any two characters."
+        return max(0, len(text) - 1)
+
+    def _not_special(self, name: str) -> str:
+        "A special token of one character would be met in every text that has it."
+        return super()._not_special(name) or ("" if len(name) > 1 else "one character is text")
 
     def to_json(self) -> dict[str, Any]:  # what tokenizer.json holds
         "A word-level tokenizer whose words are single characters: split everywhere, join with nothing."
-        return hf_tokenizer_json(
-            model={"type": self.model_type, "vocab": {t: i for i, t in enumerate(self.tokens)}, "unk_token": "<unk>"},
-            pre_tokenizer={"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False},
-            decoder={"type": "Fuse"})
+        model = {"type": self.model_type, "vocab": self._ids, "unk_token": "<unk>"}
+        return hf_tokenizer_json(model, hf_split(r"[\s\S]"), {"type": "Fuse"}, self.specials)
+
+    @classmethod
+    def reads(cls, spec: dict[str, Any]) -> bool:
+        "A word-level model that splits everywhere."
+        return super().reads(spec) and spec["pre_tokenizer"] == hf_split(r"[\s\S]")
 
     @classmethod
     def from_json(
@@ -182,58 +483,510 @@ class CharTokenizer(Tokenizer):
         spec: dict[str, Any],  # what tokenizer.json holds
     ) -> CharTokenizer:        # the tokenizer that wrote it
         "Undo `to_json`; ValueError if the ids are not those of a `CharTokenizer`."
-        vocab = spec["model"]["vocab"]
-        made = cls(t for t in vocab if t not in SPECIALS)
-        if {t: i for i, t in enumerate(made.tokens)} != vocab:
-            raise ValueError("ids are not the special tokens followed by the characters in order")
-        return made
+        return _rebuild(cls, spec)
 
 # %% ../nbs/10_tokenizer.ipynb #helpers
-def _unknown(
-    text: str,  # what was encoded
-    at: int,    # where the unknown character stands
-) -> str:       # the message
-    "What to tell the user about a character that is not in the vocabulary."
-    line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
-    return (f"character {describe_character(text[at])} at position {at} (line {line}, column {column}) is not in the vocabulary: "
-            "change it, train the tokenizer on text that has it, or encode with errors='unk'")
+def _pieces(
+    texts: str | Iterable[str],  # one text, or many
+) -> Iterable[str]:              # many, or one
+    "A string is one text, not an iterable of its characters."
+    return [texts] if isinstance(texts, str) else texts
 
 def _not_a_character(
     c: str,  # what was given
 ) -> str:    # the message
     "What to tell the user about something that cannot be a token of a `CharTokenizer`."
     if len(c) != 1: return f"{c!r} is not one character: a CharTokenizer is made of single characters"
-    return f"{describe_character(c)} is half of a surrogate pair, not a character: read the text with the right encoding"
+    return f"{describe_character(c)} {HALF}"
+
+def _check_text(
+    texts: Iterable[str],  # to be learned from
+) -> Iterator[str]:        # the same
+    "Hand texts through; DataError at a surrogate, which could never be saved."
+    for text in texts:
+        if (at := _surrogate(text)) is not None: raise DataError(f"character {describe_character(text[at])} at position {at} {HALF}")
+        yield text
+
+def _surrogate(text: str) -> int | None:
+    "Where the first half of a surrogate pair stands. (Trying to encode finds it ten times as fast as a search.)"
+    try: text.encode()
+    except UnicodeEncodeError as e: return e.start
+    return None
 
 # %% ../nbs/10_tokenizer.ipynb #hf_json
 def hf_tokenizer_json(
-    model: dict[str, Any],                  # the model: its type, vocabulary and what else it needs
-    pre_tokenizer: dict[str, Any] | None,   # how text is cut before the model sees it
-    decoder: dict[str, Any] | None,         # how tokens are joined to text
-) -> dict[str, Any]:                        # what tokenizer.json holds
+    model: dict[str, Any],                         # the model: its type, vocabulary and what else it needs
+    pre_tokenizer: dict[str, Any] | None,          # how text is cut before the model sees it
+    decoder: dict[str, Any] | None,                # how tokens are joined to text
+    specials: Mapping[str, int],                   # name to id; they are in the model's vocabulary too, which fixes their ids
+    normalizer: dict[str, Any] | None = None,      # what is done to text before all else
+) -> dict[str, Any]:                               # what tokenizer.json holds
     "The frame of tokenizer.json (Hugging Face `tokenizers`, format 1.0) with our special tokens in it."
-    special = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    how = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     return {"version": "1.0", "truncation": None, "padding": None,
-            "added_tokens": [{"id": model["vocab"][t], "content": t, **special} for t in SPECIALS],
-            "normalizer": None, "pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": decoder, "model": model}
+            "added_tokens": [{"id": i, "content": t, **how} for t, i in sorted(specials.items(), key=lambda x: x[1])],
+            "normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": decoder, "model": model}
 
-# %% ../nbs/10_tokenizer.ipynb #hf_config
-def hf_tokenizer_config() -> dict[str, Any]:  # what tokenizer_config.json holds
-    "Settings with which `transformers.AutoTokenizer` gives exactly our ids."
-    names = {f"{t.strip('<>')}_token": t for t in SPECIALS}
-    return {"tokenizer_class": "PreTrainedTokenizerFast", **names, "split_special_tokens": True, "clean_up_tokenization_spaces": False}
+def hf_split(
+    pattern: str,       # a regular expression of which each match is a piece
+) -> dict[str, Any]:    # a pre-tokenizer of `tokenizers`
+    "Cut at a pattern, and keep everything."
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+# %% ../nbs/10_tokenizer.ipynb #rebuild
+def _rebuild(make: Callable[[list[str]], T], spec: dict[str, Any]) -> T:
+    "A tokenizer from a file: the ordinary tokens in the order of their ids, then more special ones."
+    vocab, special = spec["model"]["vocab"], [t["content"] for t in spec["added_tokens"]]
+    made = make([t for t in sorted(vocab, key=vocab.__getitem__) if t not in set(special)]).add_special(*special)
+    if made._ids != vocab: raise ValueError("ids are not the special tokens, the ordinary ones and the added ones, one after the other")
+    return made
+
+# %% ../nbs/10_tokenizer.ipynb #word
+WORDS = r" ?[\p{L}\p{M}\p{N}_]+| ?[^\s\p{L}\p{M}\p{N}_]|\s+(?!\S)|\s"  # a word or one sign, each with the space before it; other space
+_ONE_WORD, _BY_WORD = regex.compile(WORDS), Split("words", WORDS, r"(?<=\S)(?=\s)")
+
+def split_words(
+    text: str,     # any text
+) -> list[str]:    # the pieces, in order; joined they are the text
+    "Cut a text into words, signs and stretches of space."
+    return _ONE_WORD.findall(text) if text.isascii() else pre_tokens(text, _BY_WORD)
+
+class WordTokenizer(Tokenizer):
+    "One token a word, a sign or a stretch of space; the space before a word belongs to it, so that nothing is lost."
+    model_type = "WordLevel"
+
+    def __init__(
+        self,
+        words: Iterable[str],  # pieces of `WORDS` in the order of ids, which begin after the special tokens
+        lower: bool = False,   # turn text to lower case first? then `decode(encode(s))` is `s` in lower case
+    ) -> None:
+        super().__init__([*SPECIALS, *words])
+        self.lower = lower
+
+    @classmethod
+    def train(
+        cls,
+        texts: str | Iterable[str],    # what to learn from: a stream of texts of any length
+        min_count: int = 1,            # words that occur less often are left out
+        max_size: int | None = None,   # at most this many tokens in all, special ones included: the most frequent stay
+        lower: bool = False,           # turn text to lower case first?
+    ) -> WordTokenizer:                # words in order of frequency; equal ones in the order of code points
+        "Learn the vocabulary by counting. DataError if no word is left."
+        counts: Counter[str] = Counter()
+        for text in _check_text(_pieces(texts)): counts.update(split_words(_lower(text) if lower else text))
+        kept = sorted((w for w, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w))
+        kept = kept[:None if max_size is None else max(0, max_size - len(SPECIALS))]
+        if not kept: raise DataError(f"no word is left of {len(counts):,}: give more text, a smaller min_count or a larger max_size")
+        return cls(kept, lower)
+
+    def _encode(self, text: str, errors: str, threads: int = 1) -> Ids:
+        "Ids by one dictionary lookup a word."
+        words = split_words(_lower(text) if self.lower else text)
+        ids = np.fromiter(map(self._ids.get, words, repeat(self.unk_id)), np.int32, len(words))
+        if errors == "strict" and (unknown := ids == self.unk_id).any():
+            n = int(unknown.argmax())
+            at = int(self._spans(text, ids)[n, 0])
+            raise Unencodable(f"word {ascii(words[n]) if SURROGATE.search(words[n]) else repr(words[n])}", at, TRAIN)
+        return ids
+
+    def _spans(self, text: str, ids: Ids) -> npt.NDArray[np.int64]:
+        "Where the words stand, known or not."
+        ends = np.cumsum([0, *map(len, split_words(_lower(text) if self.lower else text))], dtype=np.int64)
+        if self.lower:
+            origin = np.repeat(np.arange(len(text)), [len(c.lower()) for c in text])   # a letter may be two in lower case
+            return np.stack([origin[ends[:-1]], origin[ends[1:] - 1] + 1], axis=1)
+        return np.stack([ends[:-1], ends[1:]], axis=1)
+
+    def safe_cut(
+        self,
+        text: str,  # a text, or a window of one
+    ) -> int:       # 0 < n < len(text), or 0: nowhere
+        "Before a space."
+        return safe_cut(text, _BY_WORD)
+
+    def _not_special(self, name: str) -> str:
+        "A special token that is a word would be met in every text that has it."
+        return super()._not_special(name) or ("a word or a sign is text" if len(split_words(name)) == 1 else "")
+
+    def to_json(self) -> dict[str, Any]:  # what tokenizer.json holds
+        "Split into words, look them up, join with nothing."
+        model = {"type": self.model_type, "vocab": self._ids, "unk_token": "<unk>"}
+        return hf_tokenizer_json(model, hf_split(WORDS), {"type": "Fuse"}, self.specials, {"type": "Lowercase"} if self.lower else None)
+
+    @classmethod
+    def reads(cls, spec: dict[str, Any]) -> bool:
+        "A word-level model that splits into words."
+        return super().reads(spec) and spec["pre_tokenizer"] == hf_split(WORDS)
+
+    @classmethod
+    def from_json(
+        cls,
+        spec: dict[str, Any],  # what tokenizer.json holds
+    ) -> WordTokenizer:        # the tokenizer that wrote it
+        "Undo `to_json`; ValueError if the ids are not those of a `WordTokenizer`."
+        return _rebuild(partial(cls, lower=spec["normalizer"] is not None), spec)
+
+def _lower(text: str) -> str:
+    "Lower case, each letter by itself: the Σ that ends a word must not become another letter than the Σ within."
+    return "".join(map(str.lower, text)) if "Σ" in text else text.lower()
+
+# %% ../nbs/10_tokenizer.ipynb #bpe
+LONG = 2**19  # characters: a longer text is worth a second thread
+
+class BPETokenizer(Tokenizer):
+    "Byte-level byte-pair encoding: 256 bytes and what merges make of them. Every text has an encoding, and comes back unchanged."
+    model_type = "BPE"
+    in_processes = False
+
+    def __init__(
+        self,
+        merges: Sequence[Merge],                    # pairs of byte strings, the first to be merged first
+        split: str | Split = "gpt2",                # how text is cut before merging: a name in `SPLITS`, or a regular expression
+        specials: Mapping[str, int] | None = None,  # name to id; None: `SPECIALS` at 0 to 3. The bytes begin at the first id not taken
+    ) -> None:
+        check_merges(merges)
+        self._merges: list[Merge] | None = list(merges)     # None: not worked out yet
+        self._fill(tuple(dict.fromkeys([*BYTES, *(a + b for a, b in merges)])), split, specials)
+
+    @classmethod
+    def from_ranks(
+        cls,
+        ranks: Mapping[bytes, int],                 # each token's rank, 0 to n - 1: a published .tiktoken file
+        split: str | Split,                         # as above
+        specials: Mapping[str, int] | None = None,  # as above
+    ) -> BPETokenizer:                              # its merges are worked out when somebody asks for them
+        "From ranks of whole tokens, as OpenAI publishes them."
+        tokens = tuple(sorted(ranks, key=ranks.__getitem__))
+        if [ranks[t] for t in tokens] != list(range(len(tokens))) or tokens[:256] != BYTES:
+            raise DataError("ranks are not 0 to n - 1 with the 256 bytes first: is this a whole .tiktoken file?")
+        made = cls.__new__(cls)
+        made._merges = None
+        made._fill(tokens, split, specials)
+        return made
+
+    @classmethod
+    def train(
+        cls,
+        texts: str | Iterable[str],         # what to learn from: a stream of texts of any length, each a whole document
+        vocab_size: int,                    # special tokens, 256 bytes, and the merges to be learned; fewer if the text has no more pairs
+        split: str | Split = "gpt2",        # how text is cut before merging
+        workers: int = 1,                   # processes that count
+        progress: Progress | None = None,   # called with (done, total), first for counting, then for merges
+    ) -> BPETokenizer:                      # specials 0 to 3, bytes 4 to 259, then the merges in the order learned
+        "Learn merges: see the previous chapter. DataError if the vocabulary is smaller than the bytes."
+        n = vocab_size - len(SPECIALS) - len(BYTES)
+        if n < 0: raise DataError(f"vocab_size={vocab_size} is too small: {len(SPECIALS)} special tokens and 256 bytes need {vocab_size - n}")
+        split = find_split(split) if isinstance(split, str) else split
+        counts = count_pre_tokens(_check_text(_pieces(texts)), split, workers, progress)
+        if not counts: raise DataError("cannot learn merges from an empty text: give it the text to be encoded")
+        return cls(train_merges(counts, n, progress), split)
+
+    def _fill(self, ordinary: tuple[bytes, ...], split: str | Split, specials: Mapping[str, int] | None) -> None:
+        "Give the tokens their ids."
+        specials = dict(zip(SPECIALS, count())) if specials is None else specials
+        self.split = find_split(split) if isinstance(split, str) else split
+        self.first_id = next(i for i in count() if i not in specials.values())
+        self._ordinary, last = ordinary, self.first_id + len(ordinary)
+        names = [""]*max(last, *(i + 1 for i in specials.values()))
+        names[self.first_id:last] = map(spell, ordinary)
+        for name, i in specials.items():
+            if names[i]: raise DataError(f"special token {name!r} has id {i}, which is that of {names[i]!r}: give it one from {last} on")
+            names[i] = name
+        super().__init__(names, specials)
+
+    @cached_property
+    def merges(self) -> list[Merge]:
+        "The merges, the first to be merged first."
+        return ranks_to_merges({t: i for i, t in enumerate(self._ordinary)}) if self._merges is None else self._merges
+
+    @cached_property
+    def _bytes(self) -> tuple[bytes, ...]:
+        "What each token stands for: its bytes, or the name of a special one."
+        names = {i: t.encode() for t, i in self.specials.items()}
+        names |= dict(enumerate(self._ordinary, self.first_id))
+        return tuple(names.get(i, b"") for i in range(self.vocab_size))
+
+    @cached_property
+    def reference(self) -> MergeEncoder:
+        "The encoder of the previous chapter: slower, readable, and the same ids."
+        return MergeEncoder(self.merges, self.split, self.first_id)
+
+    @cached_property
+    def _fast(self) -> Callable[[str], Ids]:
+        "The compiled encoder: `tiktoken` merges by rank of the joined bytes; where that could differ from merging by pair, `tokenizers`."
+        if self._merges is not None and odd_tokens(self._merges): return self._slow_but_sure()
+        import tiktoken
+        ranks = {t: self.first_id + i for i, t in enumerate(self._ordinary)}
+        made = tiktoken.Encoding("ours", pat_str=self.split.pattern, mergeable_ranks=ranks, special_tokens={})
+        def encode(text: str) -> Ids:
+            try: return made.encode_to_numpy(text, disallowed_special=()).view(np.int32)
+            except ValueError: return np.array(self.reference.encode(text), np.int32)   # its splitter gives up at a million spaces in a row
+        return encode
+
+    def _slow_but_sure(self) -> Callable[[str], Ids]:
+        "Merging pair by pair, for merges that were edited."
+        from tokenizers import Tokenizer as HFTokenizer
+        made = HFTokenizer.from_str(json.dumps(self.to_json()))
+        made.encode_special_tokens = True
+        return lambda text: np.array(made.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def _encode(self, text: str, errors: str, threads: int = 1) -> Ids:
+        "Ids from the compiled encoder; a long text is cut where that changes nothing, and its parts are encoded in threads."
+        if (at := _surrogate(text)) is not None:
+            if errors == "strict":
+                raise Unencodable(f"character {describe_character(text[at])}", at, f"{HALF}, or encode with errors='unk'")
+            text = SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
+        if threads == 1 or len(text) < LONG: return self._fast(text)
+        encode = self._fast
+        with ThreadPoolExecutor(threads) as pool: return np.concatenate(list(pool.map(encode, _parts(text, LONG//2, self.safe_cut))))
+
+    def encode_bytes(
+        self,
+        data: bytes,  # any bytes, valid UTF-8 or not
+    ) -> list[int]:   # token ids; their bytes joined are `data`
+        "Ids of bytes: those of the text if they are one, else nothing is lost either (equal to tiktoken's `_encode_bytes`)."
+        try: return self.encode(data.decode())
+        except UnicodeDecodeError: return self.reference.encode_bytes(data)
+
+    def safe_cut(
+        self,
+        text: str,  # a text, or a window of one
+    ) -> int:       # 0 < n < len(text), or 0: nowhere
+        "Where no pre-token can reach across: see the previous chapter."
+        return safe_cut(text, self.split)
+
+    def to_json(self) -> dict[str, Any]:  # what tokenizer.json holds
+        "The vocabulary in GPT-2's spelling, the merges, and how to split."
+        model = dict(type=self.model_type, dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
+                     fuse_unk=False, byte_fallback=False, ignore_merges=False, vocab=self._ids,
+                     merges=[[spell(a), spell(b)] for a, b in self.merges])
+        return hf_tokenizer_json(model, hf_byte_level(self.split), {**BYTE_LEVEL, "use_regex": True}, self.specials)
+
+    @classmethod
+    def from_json(
+        cls,
+        spec: dict[str, Any],  # what tokenizer.json holds
+    ) -> BPETokenizer:         # the tokenizer that wrote it
+        "Undo `to_json`; ValueError for what other byte-level files hold and this class does not do."
+        model = spec["model"]
+        if spec["normalizer"] or model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+            raise ValueError("it normalizes text, drops merges or marks words, which a BPETokenizer does not")
+        pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        specials = {t["content"]: t["id"] for t in spec["added_tokens"]}
+        made = cls([(unspell(a), unspell(b)) for a, b in pairs], _split_of(spec["pre_tokenizer"]), specials)
+        if made._ids != model["vocab"] | made.specials: raise ValueError("ids are not the bytes followed by what the merges make")
+        return made
+
+def _parts(text: str, size: int, cut: Callable[[str], int]) -> Iterator[str]:
+    "A text in parts of about `size` characters, cut where `cut` allows."
+    at, end = 0, size
+    while end < len(text):
+        window = max(at, end - 4096)
+        n = cut(text[window:end])
+        if n: yield text[at:window + n]
+        at, end = (window + n, window + n + size) if n else (at, end + size)
+    yield text[at:]
+
+# %% ../nbs/10_tokenizer.ipynb #hf_bpe
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+
+def hf_byte_level(
+    split: Split,     # how text is cut
+) -> dict[str, Any]:  # a pre-tokenizer of `tokenizers`
+    "Cut, then spell bytes as GPT-2 does."
+    return {"type": "Sequence", "pretokenizers": [hf_split(split.pattern), BYTE_LEVEL]}
+
+def _split_of(pre: dict[str, Any]) -> Split:
+    "Undo `hf_byte_level`; GPT-2's own file says ByteLevel alone."
+    byte_level = {"add_prefix_space": False, "use_regex": True}
+    if pre["type"] == "ByteLevel" and byte_level.items() <= {"use_regex": True, **pre}.items(): return SPLITS["gpt2"]
+    pattern = pre["pretokenizers"][0]["pattern"]["Regex"] if pre["type"] == "Sequence" else ""
+    split = find_split(pattern)
+    if pre != hf_byte_level(split): raise ValueError("its text is not split as a BPETokenizer does it")
+    return split
+
+# %% ../nbs/10_tokenizer.ipynb #wordpiece
+CACHE = 2**17  # words whose pieces are remembered
+
+class WordPieceTokenizer(Tokenizer):
+    "Pieces of words, the longest that fits first; a piece inside a word is written with ## before it."
+    model_type = "WordPiece"
+
+    def __init__(
+        self,
+        pieces: Iterable[str],  # in the order of ids, which begin after the special tokens: "be", "##come"
+    ) -> None:
+        super().__init__([*SPECIALS, *pieces])
+        self._longest, self._known = max(map(len, self.tokens)), dict[str, tuple[int, ...]]()
+
+    @classmethod
+    def train(
+        cls,
+        texts: str | Iterable[str],        # what to learn from: a stream of texts of any length
+        vocab_size: int,                   # special tokens, every character twice (at the start of a word and inside), and learned pieces
+        progress: Progress | None = None,  # called with (pieces made, pieces to make)
+    ) -> WordPieceTokenizer:               # specials, characters, ##characters, then the pieces in the order learned
+        "Learn pieces as byte-pair encoding does, from characters. DataError if the vocabulary is smaller than the characters."
+        counts: Counter[str] = Counter()
+        for text in _check_text(_pieces(texts)): counts.update(split_words(text))
+        characters = sorted(set(chain.from_iterable(counts)))
+        if not characters: raise DataError("cannot learn pieces from an empty text: give it the text to be encoded")
+        alphabet = [*characters, *(f"##{c}" for c in characters)]
+        n = vocab_size - len(SPECIALS) - len(alphabet)
+        if n < 0: raise DataError(f"vocab_size={vocab_size} is too small: {len(SPECIALS)} special tokens and {len(characters)} characters, "
+                                  f"each also with ##, need {len(SPECIALS) + len(alphabet)}")
+        return cls([*alphabet, *train_pieces(counts, n, progress)])
+
+    def _split_word(self, word: str) -> tuple[int, ...]:
+        "Ids of a word: take the longest piece that fits, again and again; empty if none fits."
+        if word in self._known: return self._known[word]
+        ids, at = [], 0
+        while at < len(word):
+            ends = range(min(len(word), at + self._longest), at, -1)
+            found = next(((self._ids[p], e) for e in ends if (p := ("##" if at else "") + word[at:e]) in self._ids), None)
+            if found is None: return ()
+            ids.append(found[0]); at = found[1]
+        if len(self._known) >= CACHE: self._known.clear()
+        return self._known.setdefault(word, tuple(ids))
+
+    def _encode(self, text: str, errors: str, threads: int = 1) -> Ids:
+        "Word by word; a word with a character that is not known is one `unk_id`."
+        words = split_words(text)
+        pieces = list(map(self._split_word, words))
+        if () in pieces:
+            n = pieces.index(())
+            if errors == "strict":
+                at, c = next((i, c) for i, c in enumerate(words[n]) if ("##" if i else "") + c not in self._ids)
+                raise Unencodable(f"character {describe_character(c)}", sum(map(len, words[:n])) + at, TRAIN)
+            pieces = [p or (self.unk_id,) for p in pieces]
+        return np.fromiter(chain.from_iterable(pieces), np.int32)
+
+    def _spans(self, text: str, ids: Ids) -> npt.NDArray[np.int64]:
+        "Where the pieces stand; an unknown word is one span."
+        lengths = ([len(self._texts[i]) for i in self._split_word(w)] or [len(w)] for w in split_words(text))
+        ends = np.cumsum([0, *chain.from_iterable(lengths)], dtype=np.int64)
+        return np.stack([ends[:-1], ends[1:]], axis=1)
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        "What each token stands for: its name without the ## before it."
+        return [t if t in self.specials or len(t) == 2 else t.removeprefix("##") for t in self.tokens]
+
+    @cached_property
+    def _bytes(self) -> tuple[bytes, ...]:
+        "What each token stands for, in UTF-8."
+        return tuple(t.encode() for t in self._texts)
+
+    def safe_cut(
+        self,
+        text: str,  # a text, or a window of one
+    ) -> int:       # 0 < n < len(text), or 0: nowhere
+        "Before a space."
+        return safe_cut(text, _BY_WORD)
+
+    def _not_special(self, name: str) -> str:
+        "A special token that is a word or part of one would be met in text."
+        if name.startswith("##"): return "## marks a piece inside a word"
+        return super()._not_special(name) or ("a word or a sign is text" if len(split_words(name)) == 1 else "")
+
+    def to_json(self) -> dict[str, Any]:  # what tokenizer.json holds
+        "Split into words, take the longest pieces, remove the ##."
+        model = {"type": self.model_type, "unk_token": "<unk>", "continuing_subword_prefix": "##", "max_input_chars_per_word": 2**31,
+                 "vocab": self._ids}
+        strip = {"type": "Replace", "pattern": {"Regex": r"\A##"}, "content": ""}
+        return hf_tokenizer_json(model, hf_split(WORDS), {"type": "Sequence", "decoders": [strip, {"type": "Fuse"}]}, self.specials)
+
+    @classmethod
+    def reads(cls, spec: dict[str, Any]) -> bool:
+        "A WordPiece model that splits into words as ours does (BERT's removes accents and spaces)."
+        return super().reads(spec) and spec["pre_tokenizer"] == hf_split(WORDS) and spec["normalizer"] is None
+
+    @classmethod
+    def from_json(
+        cls,
+        spec: dict[str, Any],   # what tokenizer.json holds
+    ) -> WordPieceTokenizer:    # the tokenizer that wrote it
+        "Undo `to_json`; ValueError if the ids are not those of a `WordPieceTokenizer`."
+        return _rebuild(cls, spec)
+
+# %% ../nbs/10_tokenizer.ipynb #train_pieces
+def train_pieces(
+    counts: Mapping[str, int],         # words and how often they occur
+    n: int,                            # pieces to make; fewer if nothing is left to merge
+    progress: Progress | None = None,  # called with (pieces made, n)
+) -> list[str]:                        # new pieces in the order made
+    "Merge the most frequent pair of neighbouring pieces, n times; of equal ones the first in the order of code points."
+    words = [[w[0], *(f"##{c}" for c in w[1:])] for w in counts]
+    weights = list(counts.values())
+    pairs: Counter[tuple[str, str]] = Counter()
+    where: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for k, word in enumerate(words):
+        for pair in zip(word, word[1:]): pairs[pair] += weights[k]; where[pair].add(k)
+    heap = [(-c, pair) for pair, c in pairs.items()]
+    heapq.heapify(heap)
+    made: dict[str, None] = {}
+    while heap and len(made) < n:
+        c, pair = heapq.heappop(heap)
+        if pairs[pair] != -c: continue                       # an old count: the new one is in the heap as well
+        new = pair[0] + pair[1].removeprefix("##")
+        made[new] = None
+        changed = {p for k in where.pop(pair) for p in _merge_word(words, k, weights[k], pair, new, pairs, where)}
+        del pairs[pair]
+        for p in changed:
+            if pairs[p] > 0: heapq.heappush(heap, (-pairs[p], p))
+        if progress: progress(len(made), n)
+    return list(made)
+
+def _merge_word(words: list[list[str]], k: int, weight: int, pair: tuple[str, str], new: str,
+                pairs: Counter[tuple[str, str]], where: dict[tuple[str, str], set[int]]) -> set[tuple[str, str]]:
+    "Merge a pair in word k, keep the counts right, and say which pairs' counts have changed."
+    old, word, i = words[k], list[str](), 0
+    while i < len(old):
+        found = old[i:i + 2] == [*pair]
+        word.append(new if found else old[i]); i += 1 + found
+    changes = Counter(zip(word, word[1:])); changes.subtract(zip(old, old[1:]))
+    for p, d in changes.items():
+        pairs[p] += d*weight
+        if p in zip(word, word[1:]): where[p].add(k)
+    words[k] = word
+    return {p for p, d in changes.items() if d}
 
 # %% ../nbs/10_tokenizer.ipynb #load
 def load_tokenizer_json(
     path: Path,    # a tokenizer.json
 ) -> Tokenizer:    # an object of the class that wrote it
-    "Read tokenizer.json with the `Tokenizer` whose `model_type` it names."
+    "Read tokenizer.json with the `Tokenizer` that wrote it."
     if not path.is_file(): raise CheckpointError(f"no tokenizer at {path}: name a directory that a tokenizer or a checkpoint was saved in")
+    classes = {c.__name__: c for c in Tokenizer.__subclasses__()}.values()
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
         kind = spec["model"]["type"]
-        classes = {c.model_type: c for c in Tokenizer.__subclasses__()}
-        if kind in classes: return classes[kind].from_json(spec)
+        for c in classes:
+            if c.reads(spec): return c.from_json(spec)
     except (DataError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{path} is damaged ({type(e).__name__}: {e}): save the tokenizer again") from None
-    raise CheckpointError(f"{path} holds a {kind} tokenizer, and this version reads {', '.join(classes)}: use one of those")
+    known = ", ".join(dict.fromkeys(c.model_type for c in classes))
+    raise CheckpointError(f"{path} holds a {kind} tokenizer, and this version reads {known} as it writes them: use one of those")
+
+# %% ../nbs/10_tokenizer.ipynb #published
+_FIM = {"<|fim_prefix|>": 100258, "<|fim_middle|>": 100259, "<|fim_suffix|>": 100260}
+PUBLISHED = {"gpt2": {END: 50256}, "cl100k": {END: 100257, **_FIM, "<|endofprompt|>": 100276},    # special tokens and their ids
+             "o200k": {END: 199999, "<|endofprompt|>": 200018}}
+
+def load_tokenizer(
+    source: str | Path,  # "gpt2", "cl100k" (GPT-4), "o200k" (GPT-4o), or a directory that a tokenizer was saved in
+) -> Tokenizer:          # with exactly the published ids
+    "A published tokenizer, or a saved one. CheckpointError if there is none."
+    if source == "gpt2": return BPETokenizer(read_merges(fetch("gpt2-merges")), "gpt2", PUBLISHED["gpt2"])
+    if source in PUBLISHED: return BPETokenizer.from_ranks(read_ranks(fetch(f"{source}-ranks")), str(source), PUBLISHED[str(source)])
+    return Tokenizer.load(source)
+
+# %% ../nbs/10_tokenizer.ipynb #hf_config
+def hf_tokenizer_config(
+    tokenizer: Tokenizer,  # to be saved
+) -> dict[str, Any]:       # what tokenizer_config.json holds
+    "Settings with which `transformers.AutoTokenizer` gives exactly our ids."
+    roles = {f"{role}_token": tokenizer.token(getattr(tokenizer, f"{role}_id")) for role in ("pad", "unk", "bos", "eos")}
+    more = [t for t in tokenizer.specials if t not in roles.values()]
+    return {"tokenizer_class": "PreTrainedTokenizerFast", **roles, **({"extra_special_tokens": more} if more else {}),
+            "split_special_tokens": True, "clean_up_tokenization_spaces": False}

@@ -29,18 +29,20 @@ from .checkpoint import (
     Checkpoint, flatten_state, list_checkpoints, load_checkpoint, point, restore_state, rotate, save_checkpoint, step_dir)
 from .config import Config, replace, save_config
 from .core import (
-    CheckpointError, ConfigError, DataError, FundamentaLLMError, atomic_file, choose_device, choose_dtype, house_style, seed_everything)
+    CheckpointError, ConfigError, DataError, FundamentaLLMError, atomic_file, choose_device, choose_dtype, house_style, seed_everything, sha256)
 from .dataset import Batches, Ids, TokenShards, eval_batches, read_text, split_tokens
 from .kernels.gpu import use_triton
 from .model import LanguageModel
 from .optim import clip_grad_norm, lr_at, make_optimizer
-from .tokenizer import CharTokenizer, Tokenizer
+from .prepare import open_prepared
+from .tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 
 # %% auto #0
 __all__ = ['OURS', 'validation_loss', 'BatchSource', 'compiled_loss', 'Stepper', 'EventLog', 'read_events', 'cut_events',
            'Callback', 'Diverged', 'Interrupted', 'TrainResult', 'diverged', 'Trainer', 'duration', 'ProgressBar',
            'TensorBoard', 'continue_ids', 'Samples', 'count_losses', 'plot_losses', 'LossCurve', 'is_run', 'check_free',
-           'prepare_run', 'Corpus', 'load_corpus', 'load_resume', 'check_text', 'standard_callbacks', 'train']
+           'prepare_run', 'Corpus', 'text_corpus', 'prepared_corpus', 'load_corpus', 'load_resume', 'check_text',
+           'standard_callbacks', 'train']
 
 # %% ../nbs/43_trainer.ipynb #validation
 @torch.no_grad()
@@ -651,24 +653,51 @@ def prepare_run(
 @dataclass(frozen=True)
 class Corpus:
     "A text, encoded and split."
-    tokenizer: Tokenizer  # learned from the text, or that of the run
-    train: Ids            # (N,) to learn from
-    val: Ids              # (M,) to be measured on
-    sha256: str           # of the text: a resumed run must read the same
+    tokenizer: Tokenizer     # learned from the text, or that of the run
+    train: Ids | TokenShards # (N,) to learn from
+    val: Ids | TokenShards   # (M,) to be measured on
+    sha256: str              # of the text, or of the manifest of prepared data: a resumed run must read the same
+
+# %% ../nbs/43_trainer.ipynb #textcorpus
+def text_corpus(
+    path: str,                          # a UTF-8 text file
+    fractions: Sequence[float],         # shares of train, val and test
+    tokenizer: Tokenizer | None = None, # None: the characters of the text
+) -> Corpus:                            # in memory
+    "A text file, read whole, encoded and split by tokens."
+    text = read_text(path)
+    tokenizer = tokenizer or CharTokenizer.train(text)
+    parts = split_tokens(tokenizer.encode_array(text), fractions)
+    return Corpus(tokenizer, parts["train"], parts["val"], hashlib.sha256(text.encode()).hexdigest())
+
+# %% ../nbs/43_trainer.ipynb #prepcorpus
+def prepared_corpus(
+    path: str,                          # a directory made by `prepare`
+    tokenizer: Tokenizer | None = None, # the one that the run has or wants; None: that of the data
+    verify: bool = True,                # read everything once and check its hashes
+) -> Corpus:                            # memory-mapped: its size does not matter
+    "Shards made beforehand, refused with a DataError if they were altered or another tokenizer made them."
+    data = open_prepared(path, verify=verify)
+    if data.train is None: raise DataError(f"{path} has no training part: prepare it with a larger first fraction")
+    if tokenizer: data.train.require_tokenizer(tokenizer.fingerprint)
+    val = np.empty(0, data.train.dtype) if data.val is None else data.val
+    return Corpus(data.tokenizer, data.train, val, sha256(Path(path)/"manifest.json"))
 
 # %% ../nbs/43_trainer.ipynb #loadcorpus
 def load_corpus(
     config: Config,                      # `data` is read here
     tokenizer: Tokenizer | None = None,  # None: learn one from the text
 ) -> Corpus:                             # ready for `Batches`
-    "Read, encode and split `data.path`. DataError for whatever is wrong with it."
-    if not config.data.path: raise ConfigError("data.path is not set: name the text file to learn from")
-    text = read_text(config.data.path)
-    tokenizer = tokenizer or CharTokenizer.train(text)
-    parts = split_tokens(tokenizer.encode_array(text), config.data.fractions)
-    if config.data.fractions[1] and len(parts["val"]) < 2:
-        raise DataError(f"{config.data.path}: the validation part has {len(parts['val'])} token(s), it needs 2: give a longer text")
-    return Corpus(tokenizer, parts["train"], parts["val"], hashlib.sha256(text.encode()).hexdigest())
+    "Read, encode and split `data.path`, or open it where that was done before. DataError for whatever is wrong with it."
+    path, name = config.data.path, config.data.tokenizer
+    if not path: raise ConfigError("data.path is not set: name the text file to learn from")
+    wanted = load_tokenizer(name) if name and name != "char" else None
+    if tokenizer and wanted and wanted.fingerprint != tokenizer.fingerprint:
+        raise ConfigError(f"data.tokenizer={name} is not the tokenizer of this run: leave it out, or begin a new run")
+    corpus = prepared_corpus(path, tokenizer or wanted, config.data.verify) if Path(path).is_dir() else text_corpus(path, config.data.fractions, tokenizer or wanted)
+    if config.data.fractions[1] and len(corpus.val) < 2:
+        raise DataError(f"{path}: the validation part has {len(corpus.val)} token(s), it needs 2: give a longer text")
+    return corpus
 
 # %% ../nbs/43_trainer.ipynb #resume
 def load_resume(
@@ -703,10 +732,10 @@ def standard_callbacks(
     progress: bool = True,  # show a bar or lines?
 ) -> list[Callback]:        # in the order in which they are called
     "What every run gets: progress, TensorBoard, samples, the loss curve."
-    few = corpus.train[:10_000_000]  # enough to count pairs of tokens
-    levels = dict(zip(("single tokens", "pairs of tokens"), count_losses(few, corpus.val, corpus.tokenizer.vocab_size))) if len(corpus.val) > 1 else {}
-    newline = int(corpus.tokenizer.encode_array("\n", errors="unk")[0])
-    first = newline if newline != corpus.tokenizer.unk_id else int(corpus.train[0])
+    few, held = corpus.train[:10_000_000], corpus.val[:10_000_000]  # enough to count pairs of tokens
+    levels = dict(zip(("single tokens", "pairs of tokens"), count_losses(few, held, corpus.tokenizer.vocab_size))) if len(held) > 1 else {}
+    newline = corpus.tokenizer.encode("\n", errors="unk")  # nothing, where a tokenizer drops white space
+    first = newline[0] if newline and newline[0] != corpus.tokenizer.unk_id else int(corpus.train[0])
     return [ProgressBar()]*progress + [TensorBoard(), Samples([first]), LossCurve(levels)]
 
 # %% ../nbs/43_trainer.ipynb #traincall
