@@ -35,7 +35,7 @@ __all__ = ['CURES', 'F', 'REPL_HELP', 'KINDS', 'UNITS', 'describe_error', 'Stopp
            'evaluate', 'data', 'size_text', 'data_list', 'data_fetch', 'held_out', 'progress_bar', 'parse_shares',
            'parse_workers', 'data_prepare', 'tokenizer_group', 'text_pieces', 'tokenizer_train', 'tokenizer_show',
            'requirements', 'installed_version', 'Check', 'check_packages', 'check_machine', 'check_torch', 'doctor',
-           'bench', 'bench_speed']
+           'bench', 'bench_speed', 'bench_tokenizer']
 
 # %% ../nbs/60_cli.ipynb #cl-errors
 CURES = {
@@ -918,3 +918,29 @@ def bench_speed(
     import json
     from fundamentallm.profile import bench_speed as measure
     click.echo(json.dumps(measure(str(find_text(text)), pairs=pairs, steps=steps), indent=1))
+
+# %% ../nbs/60_cli.ipynb #cl-benchtok
+@bench.command("tokenizer")
+@click.argument("large", metavar="TEXT")
+@click.option("--small", default="tiny-shakespeare", show_default=True, metavar="DATA", help="The text of about a megabyte.")
+@click.option("--pairs", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds of whole processes in turn.")
+@click.option("--peers", metavar="PYTHON", help="An interpreter that has rustbpe and sentencepiece; without it they are left out.")
+@click.option("--only", default="", metavar="JOB", help="A part of the name of the jobs to do. Default: all four.")
+@common
+def bench_tokenizer(
+    large: str,         # a text of tens of megabytes, or a name of the catalogue
+    small: str,         # --small
+    pairs: int,         # --pairs
+    peers: str | None,  # --peers
+    only: str,          # --only
+) -> None:
+    """Learning and encoding beside tokenizers, tiktoken, rustbpe and sentencepiece (takes minutes; nothing else should run).
+
+    \b
+    Examples:
+      fundamentallm bench tokenizer big.txt
+      fundamentallm bench tokenizer big.txt --peers ~/peers/bin/python --only encode
+    """
+    import json
+    from fundamentallm.profile import bench_tokenizers as measure
+    click.echo(json.dumps(measure(str(find_text(small)), str(find_text(large)), pairs, peers, only=only), indent=1))

@@ -141,27 +141,27 @@ def op_times(
 
 # %% ../nbs/45_profile.ipynb #06498b06
 def alternate(
-    commands: Mapping[str, Sequence[str]],  # name -> command that prints one JSON object with `key` in it as its last line
+    commands: Mapping[str, Sequence[str]],  # name -> command that prints one JSON object of figures as its last line
     pairs: int = 5,                         # rounds; in each, every command runs once
-    key: str = "tokens_per_s",              # the figure to collect
-) -> dict[str, list[float]]:                # name -> the figure, one a round
-    "Run whole processes in turn and collect what each says of its speed. Raises RuntimeError with the output of one that fails."
-    speeds: dict[str, list[float]] = {name: [] for name in commands}
+) -> dict[str, list[dict[str, float]]]:     # name -> figures, one a round
+    "Run whole processes in turn and collect what each says of itself. Raises RuntimeError with the output of one that fails."
+    figures: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     for _ in range(pairs):
         for name, command in commands.items():
             done = subprocess.run(list(command), capture_output=True, text=True)
             if done.returncode: raise RuntimeError(f"{name} failed: {done.stderr.strip()[-500:]}")
-            speeds[name].append(float(json.loads(done.stdout.strip().splitlines()[-1])[key]))
-    return speeds
+            figures[name].append(json.loads(done.stdout.strip().splitlines()[-1]))
+    return figures
 
 # %% ../nbs/45_profile.ipynb #c38ba46c
 def compare(
-    speeds: Mapping[str, Sequence[float]],  # from `alternate`
+    figures: Mapping[str, Sequence[Mapping[str, float]]],  # from `alternate`
     of: str,                                # the one in question
     to: str,                                # its peer
+    key: str = "tokens_per_s",              # the figure
 ) -> dict[str, float]:                      # the median of the ratios, and the smallest and largest
     "How many times as fast `of` is as `to`, pair by pair."
-    ratios = [a / b for a, b in zip(speeds[of], speeds[to], strict=True)]
+    ratios = [a[key] / b[key] for a, b in zip(figures[of], figures[to], strict=True)]
     return {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
 
 # %% ../nbs/45_profile.ipynb #a81178f6
@@ -195,8 +195,9 @@ def bench_speed(
     text = f"torch.from_numpy(np.frombuffer(open({path!r}, 'rb').read(), np.uint8).astype(np.int64) % 65)"
     commands = {"plain": command(f"p.plain_loop({text}, 65, {steps})")}
     commands |= {name: command(f"p.library_loop({path!r}, {steps}, overrides={list(o)!r})") for name, o in ways.items()}
-    speeds = alternate(commands, pairs)
-    return {"ratios": {name: compare(speeds, name, "plain") for name in ways}, "tokens_per_s": speeds, **machine()}
+    figures = alternate(commands, pairs)
+    speeds = {name: [f["tokens_per_s"] for f in done] for name, done in figures.items()}
+    return {"ratios": {name: compare(figures, name, "plain") for name in ways}, "tokens_per_s": speeds, **machine()}
 
 # %% ../nbs/45_profile.ipynb #1ef4b992
 def machine() -> dict[str, Any]:  # what a figure must carry with it
@@ -215,15 +216,24 @@ def processor() -> str:  # such as "AMD EPYC, 2 cores"
 
 # %% ../nbs/45_profile.ipynb #tk-harness
 HARNESS = """
-import json, re, resource, time
+import glob, json, os, re, threading, time
 text = open({path!r}, encoding="utf-8").read()
 docs = re.findall(r"(?s).{{1,50000}}(?:\\n(?=\\S)|$)|.+", text)
+
+def resident(pid, key):
+    try: return int(re.search(key + r":\\s+(\\d+)", open(f"/proc/{{pid}}/status").read())[1])
+    except (OSError, TypeError): return 0
+def watch():
+    while True:
+        workers = [int(pid) for f in glob.glob("/proc/self/task/*/children") for pid in open(f).read().split()]
+        peak[0] = max(peak[0], sum(resident(pid, "VmRSS") for pid in [os.getpid(), *workers])); time.sleep(0.02)
+
 {setup}
+peak = [0]; threading.Thread(target=watch, daemon=True).start()
 start = time.perf_counter()
 {job}
 seconds = time.perf_counter() - start
-peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-print(json.dumps({{"mb_per_s": len(text.encode())/1e6/seconds, "peak_mb": peak/1024}}))
+print(json.dumps({{"mb_per_s": len(text.encode())/1e6/seconds, "peak_mb": max(peak[0], resident("self", "VmHWM"))/1024}}))
 """
 
 # %% ../nbs/45_profile.ipynb #tk-jobs
@@ -240,7 +250,7 @@ TRAIN = {  # program -> setup, job; V is the size of the vocabulary, special tok
                       "vocab_size={V}, model_type='bpe', byte_fallback=True, max_sentence_length=10**6, minloglevel=2)"),
 }
 ENCODE = {  # GPT-2's vocabulary; sentencepiece has none such and learns 8,192 tokens of its own first
-    "ours": (OURS + "t = tk.load_tokenizer('gpt2')", "t.encode_array(text)"),
+    "ours": (OURS + "t = tk.load_tokenizer('gpt2'); t.encode('')", "t.encode_array(text)"),
     "ours, literate": (OURS + "t = bpe.MergeEncoder(bpe.read_merges(fetch('gpt2-merges')), bpe.SPLITS['gpt2'])", "t.encode(text)"),
     "tiktoken": (RANKS + "import os, tiktoken; t = tiktoken.Encoding('gpt2', pat_str={pattern!r}, mergeable_ranks=ranks, special_tokens={{}})",
                  "t.encode_ordinary_batch(docs, num_threads=len(os.sched_getaffinity(0)))"),
@@ -273,6 +283,7 @@ def bench_tokenizers(
     pairs: int = 5,                   # rounds of whole processes in turn
     peers: str | None = None,         # a Python that has rustbpe and sentencepiece; None: without these two
     sizes: tuple[int, int] = (1024, 8192),  # vocabularies to learn, special tokens not counted
+    only: str = "",                   # a part of the names of the jobs to do; all by default
 ) -> dict[str, Any]:                  # ratios to `tokenizers`, MB/s, memory, the machine, the versions, the date
     "Learning and encoding beside `tokenizers`, tiktoken, rustbpe and sentencepiece, in alternating processes."
     from importlib.metadata import version
@@ -284,10 +295,10 @@ def bench_tokenizers(
         jobs[name] = {who: text_command(python, path, parts, n, **values) for who, parts in table.items() if (python := everyone[who])}
     out: dict[str, Any] = {"mb_per_s": {}, "peak_mb": {}, "ratios": {}}
     for job, commands in jobs.items():
-        speeds = alternate(commands, pairs, "mb_per_s")
-        out["mb_per_s"][job] = {who: statistics.median(s) for who, s in speeds.items()}
-        out["ratios"][job] = {who: compare(speeds, who, "tokenizers") for who in commands}
-        out["peak_mb"][job] = {who: s[0] for who, s in alternate(commands, 1, "peak_mb").items()}
+        if only not in job: continue
+        figures = alternate(commands, pairs)
+        out["ratios"][job] = {who: compare(figures, who, "tokenizers", "mb_per_s") for who in commands}
+        for key in ("mb_per_s", "peak_mb"): out[key][job] = {who: statistics.median(f[key] for f in done) for who, done in figures.items()}
     return out | machine() | {name: version(name) for name in ("tokenizers", "tiktoken")}
 
 # %% ../nbs/45_profile.ipynb #31c8cf21

@@ -717,7 +717,8 @@ class BPETokenizer(Tokenizer):
         if self._merges is not None and odd_tokens(self._merges): return self._slow_but_sure()
         import tiktoken
         ranks = {t: self.first_id + i for i, t in enumerate(self._ordinary)}
-        made = tiktoken.Encoding("ours", pat_str=self.split.pattern, mergeable_ranks=ranks, special_tokens={})
+        made = tiktoken.Encoding("ours", pat_str=self.split.pattern, mergeable_ranks=ranks,
+                                 special_tokens=dict(self.specials))   # never parsed; but with none, its search for them stops at every character
         def encode(text: str) -> Ids:
             try: return made.encode_to_numpy(text, disallowed_special=()).view(np.int32)
             except ValueError: return np.array(self.reference.encode(text), np.int32)   # its splitter gives up at a million spaces in a row
