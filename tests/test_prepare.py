@@ -253,7 +253,8 @@ def test_first_error(tmp_path: Path) -> None:
 def test_ctrl_c(call: dict[str, Any], wanted: dict[str, bytes], tmp_path: Path) -> None:
     "Ctrl-C at a terminal reaches parent and workers alike: it stops, quietly, and says how to go on."
     call = {**call, "out": str(tmp_path / "made" / "out"), "workers": 2}
-    process = start(call, HALF, stdin=subprocess.PIPE, cwd=tmp_path, start_new_session=True)
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"    # also where these tests run in the background, deaf to Ctrl-C
+    process = start(call, heard + HALF, stdin=subprocess.PIPE, cwd=tmp_path, start_new_session=True)
     assert process.stdout and process.stdout.readline() == "half\n"
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=30)

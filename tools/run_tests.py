@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -10,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SLOW_CHAPTER = 60  # seconds a chapter may take on two cores; more is reported, not failed: machines differ
+GIVE_UP = 900      # seconds after which a chapter hangs
 
 
 def run_notebook(path: str, flags: list[str]) -> tuple[bool, float]:
@@ -17,7 +19,11 @@ def run_notebook(path: str, flags: list[str]) -> tuple[bool, float]:
     from nbdev.config import get_config
     from nbdev.test import test_nb
 
-    return test_nb(Path(path), skip_flags=get_config().tst_flags.split(), force_flags=flags, basepath=ROOT)
+    def give_up(*_: object) -> None: raise TimeoutError(f"{Path(path).name} did not end within {GIVE_UP} s")
+    if hasattr(signal, "SIGALRM"): signal.signal(signal.SIGALRM, give_up); signal.alarm(GIVE_UP)
+    try: return test_nb(Path(path), skip_flags=get_config().tst_flags.split(), force_flags=flags, basepath=ROOT)
+    finally:
+        if hasattr(signal, "SIGALRM"): signal.alarm(0)
 
 
 class Counter:
