@@ -129,3 +129,18 @@ def test_done_already(place: Path, shards: Path) -> None:
     done: subprocess.CompletedProcess[str] = fundamentallm("data", "prepare", "docs.jsonl.gz", "--tokenizer", "char", "-o", "shards", cwd=place)
     assert_one_line_error(done, "shards", "exists")
     assert before == {p: p.stat().st_mtime_ns for p in shards.rglob("*")}
+
+
+def test_published_tokenizer(place: Path) -> None:
+    "GPT-2's tokenizer on a glob, and a model on what comes out: the commands of the README."
+    out = words("data", "prepare", "docs*.jsonl.gz", "--tokenizer", "gpt2", "-o", "shards/docs", cwd=place)
+    assert "fundamentallm train shards/docs" in out
+    assert json.loads((place / "shards/docs/train/index.json").read_text())["vocab_size"] == 50257
+    words("train", "shards/docs", "--preset", "tiny", "-o", "runs/docs", "train.steps=2", cwd=place)
+    assert json.loads((place / "runs/docs/checkpoints/last/config.json").read_text())["vocab_size"] == 50257
+
+
+def test_text_with_a_published_tokenizer(place: Path, corpus: Path) -> None:
+    "A text file and data.tokenizer=gpt2: encoded at once, without shards."
+    words("train", corpus, "data.tokenizer=gpt2", "--preset", "tiny", "-o", "runs/direct", "train.steps=2", cwd=place)
+    assert "tokenizer: gpt2" in (place / "runs/direct/config.yaml").read_text()
