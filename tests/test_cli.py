@@ -344,7 +344,8 @@ def test_interactive_at_a_terminal(cwd: Path, tmp_path: Path) -> None:
     import pexpect
     env = environment(FUNDAMENTALLM_CACHE=str(tmp_path))
     child = pexpect.spawn(COMMAND[0], [*COMMAND[1:], "generate", "runs/book", "--interactive", "--max-tokens", "12"], cwd=str(cwd), env=env,
-                          encoding="utf-8", timeout=60, dimensions=(40, 120))
+                          encoding="utf-8", timeout=60, dimensions=(40, 120),
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))      # where tests run in the background, Ctrl-C is ignored
     prompt = re.compile(r">[ \x08\x1b]")     # prompt_toolkit writes the blank after it by moving the cursor
     child.expect("/help explains")
     child.expect(prompt)
