@@ -128,12 +128,12 @@ class Tokenizer(ABC):
         "Everything `from_json` needs to build the same tokenizer again."
 
     @classmethod
-    @abstractmethod
     def from_json(
         cls,
         spec: dict[str, Any],  # what tokenizer.json holds
     ) -> Tokenizer:            # the tokenizer that wrote it
-        "Undo `to_json`."
+        "Undo `to_json`, for a class that is made of its ordinary tokens alone; ValueError if their ids are not what it would give them."
+        return _rebuild(cls, spec)
 
     # text to ids
     def encode_array(
@@ -476,14 +476,6 @@ class CharTokenizer(Tokenizer):
     def reads(cls, spec: dict[str, Any]) -> bool:
         "A word-level model that splits everywhere."
         return super().reads(spec) and spec["pre_tokenizer"] == hf_split(r"[\s\S]")
-
-    @classmethod
-    def from_json(
-        cls,
-        spec: dict[str, Any],  # what tokenizer.json holds
-    ) -> CharTokenizer:        # the tokenizer that wrote it
-        "Undo `to_json`; ValueError if the ids are not those of a `CharTokenizer`."
-        return _rebuild(cls, spec)
 
 # %% ../nbs/10_tokenizer.ipynb #helpers
 def _pieces(
@@ -901,14 +893,6 @@ class WordPieceTokenizer(Tokenizer):
     def reads(cls, spec: dict[str, Any]) -> bool:
         "A WordPiece model that splits into words as ours does (BERT's removes accents and spaces)."
         return super().reads(spec) and spec["pre_tokenizer"] == hf_split(WORDS) and spec["normalizer"] is None
-
-    @classmethod
-    def from_json(
-        cls,
-        spec: dict[str, Any],   # what tokenizer.json holds
-    ) -> WordPieceTokenizer:    # the tokenizer that wrote it
-        "Undo `to_json`; ValueError if the ids are not those of a `WordPieceTokenizer`."
-        return _rebuild(cls, spec)
 
 # %% ../nbs/10_tokenizer.ipynb #train_pieces
 def train_pieces(
