@@ -12,7 +12,7 @@ export PYTHONPATH :=
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs coverage lab gpu bench clean readme
+.PHONY: help demo test slow lint docs coverage lab gpu bench clean readme
 
 help:            ## list the targets
 	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ demo: $(VENV)/.installed  ## train a small GPT on Tiny Shakespeare and sample fr
 
 test: $(VENV)/.installed-dev  ## run every notebook as a test, then the end-to-end tests
 	@$(BIN)/python tools/run_tests.py
+
+slow: $(VENV)/.installed-dev  ## the tests that take minutes: thirty random kills, more processes
+	@$(BIN)/python -m pytest -m slow
 
 # ---- quality ----
 

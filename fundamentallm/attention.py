@@ -6,17 +6,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .core import ConfigError, DataError
 
 # %% auto #0
-__all__ = ['Rotate', 'Attend', 'attention_scores', 'causal_mask', 'masked_softmax', 'repeat_kv', 'reference_attention',
-           'attention', 'KVCache', 'Attention']
+__all__ = ['Rotate', 'Attend', 'attention_scores', 'causal_mask', 'masked_softmax', 'repeat_kv', 'keep_mask', 'dropout',
+           'reference_attention', 'attention', 'KVCache', 'Attention']
 
 # %% ../nbs/20_attention.ipynb #bf5e23c3
 def attention_scores(
@@ -53,6 +55,49 @@ def repeat_kv(
     "Each key/value head `n` times in a row: grouped-query heads written out as ordinary ones (Ainslie et al. 2023)."
     return x if n == 1 else x.repeat_interleave(n, dim=1)
 
+# %% ../nbs/20_attention.ipynb #6aefecf1
+def keep_mask(
+    shape: tuple[int, ...],  # of the numbers that may be dropped
+    p: float,  # probability of dropping one, more than 0 and less than 1
+) -> tuple[Tensor, float]:  # uint8, 1 = kept; the factor that keeps the mean: 1 / (probability of keeping one)
+    "Which numbers survive, drawn on the CPU 8 to a random word; p is rounded to 1/256, or to 1/65,536 where that would move it by over 2%."
+    bits = 8 if abs(round(256 * p) / 256 - p) <= 0.02 * p else 16
+    levels, n = 2**bits, math.prod(shape)
+    dropped = min(max(round(levels * p), 1), levels - 1)  # this many values of a lane, of all `levels`, mean: drop
+    words = torch.empty(-(-n * bits // 64), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits are random
+    lanes = words.view(torch.uint8 if bits == 8 else torch.int16)[:n]
+    keep = lanes.ge_(dropped) if bits == 8 else lanes.ge(dropped - levels // 2).view(torch.uint8)
+    return keep.view(shape), levels / (levels - dropped)
+
+# %% ../nbs/20_attention.ipynb #58ab9bec
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: Tensor, factor: float) -> Tensor:
+        ctx.save_for_backward(keep)
+        ctx.factor = factor
+        return (x * keep).mul_(factor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (keep,) = ctx.saved_tensors
+        return (g * keep).mul_(ctx.factor), None, None
+
+# %% ../nbs/20_attention.ipynb #f342fe75
+def dropout(
+    x: Tensor,  # any shape
+    p: float,  # probability with which a number is dropped, 0 to 1; on a CPU rounded as `keep_mask` says
+    training: bool = True,  # false: nothing is dropped
+) -> Tensor:  # like x: zero where dropped, x / (1 - p) elsewhere, so that the mean stays
+    "PyTorch's dropout, many times as fast on a CPU. Raises ConfigError if p is no probability."
+    if not 0 <= p <= 1: raise ConfigError(f"dropout={p} is not a probability: use a number from 0 to 1")
+    if not training or p == 0: return x
+    if p == 1 or not x.is_cpu or torch.compiler.is_compiling(): return F.dropout(x, p)
+    dropped: Tensor = _Dropout.apply(x, *keep_mask(tuple(x.shape), p))  # type: ignore[no-untyped-call]
+    return dropped
+
+_drop = dropout  # for functions that have a parameter of that name
+
 # %% ../nbs/20_attention.ipynb #5471eac0
 def _combine(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
     "What may be looked at (bool), or what is added to the scores (float, -inf = hidden), or None: broadcasts to (B, H, T_q, T_k)."
@@ -74,6 +119,7 @@ def reference_attention(
     bias: Tensor | None = None,  # added to the scores, broadcasts to (B, H, T_q, T_k)
     scale: float | None = None,  # factor on the dot products; none = 1/sqrt(D)
     dropout: float = 0.0,  # probability with which a weight is dropped
+    keep: Tensor | None = None,  # instead: what to multiply the weights by, (B, H, T_q, T_k), drawn elsewhere
 ) -> Tensor:  # (B, H, T_q, D_v)
     "Attention, written to be read: what every faster version must equal. A query that may look at nothing gets zeros."
     n = q.shape[1] // k.shape[1]
@@ -81,8 +127,95 @@ def reference_attention(
     extra = _combine(q, k, causal, mask, bias)
     if extra is not None:
         scores = scores.masked_fill(~extra, -math.inf) if extra.dtype == torch.bool else scores + extra
-    weights = F.dropout(masked_softmax(scores), dropout)
+    weights = masked_softmax(scores)
+    weights = _drop(weights, dropout) if keep is None else weights * keep
     return weights @ repeat_kv(v, n)  # (B, H, T_q, D_v)
+
+# %% ../nbs/20_attention.ipynb #a3b614be
+_CACHE, _ROWS = 2**19, 64  # numbers in a tile (2 MiB in fp32); rows of a causal one
+
+def _tiles(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, slice, slice, int]]:
+    "Cut the score table of q (B, H_kv, G, T_q, D) and k (B, H_kv, T_k, D): sequences, key/value heads, rows, and how many keys those rows see."
+    B, H, G, T_q, T_k = *q.shape[:4], k.shape[2]
+    rows = min(T_q, max(1, _CACHE // (G * T_k)), _ROWS if causal else T_q)
+    heads = min(H, max(1, _CACHE // (rows * G * T_k)))
+    batch = min(B, max(1, _CACHE // (rows * G * T_k * H)))
+    for b in range(0, B, batch):
+        for h in range(0, H, heads):
+            for t in range(0, T_q, rows):
+                stop = min(t + rows, T_q)
+                yield slice(b, b + batch), slice(h, h + heads), slice(t, stop), T_k - T_q + stop if causal else T_k
+
+# %% ../nbs/20_attention.ipynb #86dffe0d
+def _tile_weights(q: Tensor, k: Tensor, extra: Tensor | None, causal: bool) -> Tensor:
+    "Softmax of one tile: q (b, h, G, t, D), already scaled, with k (b, h, n, D) gives (b, h, G, t, n); what `extra` hides everywhere gets zeros."
+    rows, n = q.shape[3], k.shape[2]
+    s = torch.bmm(q.reshape(-1, q.shape[2] * rows, q.shape[4]), k.flatten(0, 1).mT).view(*q.shape[:4], n)
+    if causal and rows > 1: s[..., n - rows:].add_(torch.full((rows, rows), -math.inf, dtype=s.dtype).triu_(1))
+    if extra is None: return s.softmax(-1)
+    return masked_softmax(s.masked_fill_(~extra, -math.inf) if extra.dtype == torch.bool else s.add_(extra))
+
+# %% ../nbs/20_attention.ipynb #d54c69f1
+def _rows(a: Tensor, b: Tensor) -> Tensor:
+    "Each row of a (b, h, G, t, n) times its head's matrix b (b, h, n, D): (b, h, G, t, D)."
+    return torch.bmm(a.reshape(-1, a.shape[2] * a.shape[3], a.shape[4]), b.flatten(0, 1)).view(*a.shape[:4], -1)
+
+def _columns(a: Tensor, b: Tensor) -> Tensor:
+    "The products of a (b, h, G, t, n) and b (b, h, G, t, D), summed over a head's rows: (b, h, n, D)."
+    rows = a.shape[2] * a.shape[3]
+    return torch.bmm(a.reshape(-1, rows, a.shape[4]).mT, b.reshape(-1, rows, b.shape[4])).view(*a.shape[:2], a.shape[4], -1)
+
+def _empty_heads(q: Tensor, D: int) -> Tensor:
+    "Room for q's shape with D numbers a head, laid out as the next layer reads it: (B, T, H, D) in memory."
+    B, H, G, T, _ = q.shape
+    return q.new_empty(B, T, H, G, D).permute(0, 2, 3, 1, 4)
+
+# %% ../nbs/20_attention.ipynb #2faf9124
+class _DroppedAttention(torch.autograd.Function):
+    "q (B, H_kv, G, T_q, D), k and v (B, H_kv, T_k, D or D_v), extra like the scores or none; keep: one byte for each weight, tile by tile."
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, extra: Tensor | None, keep: Tensor, causal: bool, scale: float, factor: float) -> Tensor:
+        ctx.save_for_backward(q, k, v, extra, keep)
+        ctx.settings, at = (causal, scale, factor), 0
+        out = _empty_heads(q, v.shape[-1])
+        for b, h, t, n in _tiles(q, k, causal):
+            w = _tile_weights(q[b, h, :, t] * scale, k[b, h, :n], None if extra is None else extra[b, h, :, t, :n], causal)
+            kept = keep[at:(at := at + w.numel())].view(w.shape)
+            out[b, h, :, t] = _rows(w.mul_(kept), v[b, h, :n]).mul_(factor)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, extra, keep = ctx.saved_tensors
+        causal, scale, factor = ctx.settings
+        dq, dk, dv, at = _empty_heads(q, q.shape[-1]), torch.zeros_like(k), torch.zeros_like(v), 0
+        dextra = torch.zeros_like(extra, memory_format=torch.contiguous_format) if ctx.needs_input_grad[3] else None
+        for b, h, t, n in _tiles(q, k, causal):
+            qt, gt = q[b, h, :, t] * scale, g[b, h, :, t] * factor
+            w = _tile_weights(qt, k[b, h, :n], None if extra is None else extra[b, h, :, t, :n], causal)
+            kept = keep[at:(at := at + w.numel())].view(w.shape)
+            dw = _rows(gt, v[b, h, :n].mT).mul_(kept)
+            ds = torch.ops.aten._softmax_backward_data(dw, w, -1, w.dtype)  # w * (dw - sum of w dw)
+            dq[b, h, :, t] = _rows(ds, k[b, h, :n]).mul_(scale)
+            dk[b, h, :n] += _columns(ds, qt)
+            dv[b, h, :n] += _columns(w.mul_(kept), gt)
+            if dextra is not None: dextra[b, h, :, t, :n] = ds
+        return dq, dk, dv, dextra, None, None, None, None
+
+# %% ../nbs/20_attention.ipynb #847a1961
+def _dropped_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, bias: Tensor | None, scale: float | None, p: float) -> Tensor:
+    "Attention with dropout on a CPU, tile by tile."
+    (B, H, T_q, D), (H_kv, T_k) = q.shape, k.shape[1:3]
+    skip = causal and T_q <= T_k  # do not visit what the triangle hides
+    extra = _combine(q, k, causal and not skip, mask, bias)
+    if extra is not None: extra = extra.expand(B, H, T_q, T_k).view(B, H_kv, -1, T_q, T_k)  # a view: no table
+    grouped = q.view(B, H_kv, -1, T_q, D)
+    n = sum(grouped[b, h, :, t, 0].numel() * keys for b, h, t, keys in _tiles(grouped, k, skip))
+    keep, factor = keep_mask((n,), p)
+    y: Tensor = _DroppedAttention.apply(grouped, k, v, extra, keep, skip, D**-0.5 if scale is None else scale, factor)  # type: ignore[no-untyped-call]
+    return y.flatten(1, 2)
 
 # %% ../nbs/20_attention.ipynb #737f456f
 def attention(
@@ -103,6 +236,7 @@ def attention(
     if q.device.type == "cpu" and q.dtype != torch.float64 and (q.dtype != torch.float32 or torch.is_autocast_enabled("cpu")):
         with torch.autocast("cpu", enabled=False):  # the backward of PyTorch's attention on a CPU is slower in 16 bits than in 32
             return attention(q.float(), k.float(), v.float(), causal=causal, mask=mask, bias=bias, scale=scale, dropout=dropout).to(v.dtype)
+    if dropout and q.is_cpu and not torch.compiler.is_compiling(): return _dropped_attention(q, k, v, causal, mask, bias, scale, dropout)
     plain, T_q, T_k = mask is None and bias is None, q.shape[2], k.shape[2]
     triangle = causal and plain and T_q == T_k > 1  # the one mask that SDPA need not be given
     extra = None if triangle else _combine(q, k, causal and not (plain and T_q == 1), mask, bias)

@@ -11,11 +11,16 @@ import os
 import re
 import secrets
 import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,10 +30,11 @@ from .model import LanguageModel, ModelConfig
 from .tokenizer import Tokenizer
 
 # %% auto #0
-__all__ = ['MANIFEST', 'NEEDED', 'STEP', 'pack', 'unpack', 'flatten_state', 'restore_state', 'hf_type', 'Rule', 'hf_rules',
-           'to_hf_state', 'from_hf_state', 'hf_config', 'write_manifest', 'verify', 'save_checkpoint', 'load_model',
-           'load_tokenizer', 'Checkpoint', 'load_checkpoint', 'step_dir', 'list_checkpoints', 'point', 'rotate',
-           'find_checkpoint']
+__all__ = ['MANIFEST', 'NEEDED', 'CONFIG', 'STEP', 'pack', 'unpack', 'flatten_state', 'restore_state', 'hf_type', 'Rule',
+           'hf_rules', 'to_hf_state', 'from_hf_state', 'hf_config', 'write_manifest', 'verify', 'Snapshot', 'snapshot',
+           'write_snapshot', 'save_checkpoint', 'load_model', 'load_tokenizer', 'Checkpoint', 'load_checkpoint',
+           'step_dir', 'list_checkpoints', 'point', 'rotate', 'cut_checkpoints', 'adopt', 'newest_checkpoint',
+           'find_checkpoint', 'BackgroundWriter']
 
 # %% ../nbs/42_checkpoint.ipynb #pack
 def pack(
@@ -38,7 +44,7 @@ def pack(
 ) -> Any:                                      # the same for JSON: a tensor is {"$tensor": path}
     "Part the tensors from the rest: safetensors for those, JSON for this. TypeError for anything that would need pickle."
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().cpu().contiguous()
+        tensors[path] = value.detach()
         return {"$tensor": path}
     if isinstance(value, dict):
         if bad := [k for k in value if not isinstance(k, str) or "/" in k or k == "$tensor"]: raise TypeError(f"{path}: {bad[0]!r} cannot be a key")
@@ -162,12 +168,21 @@ def hf_rules(
     return rules if c.tie else [*rules, Rule("head.weight", ("head.weight" if kind == "fundamentallm" else "lm_head.weight",))]
 
 # %% ../nbs/42_checkpoint.ipynb #tohf
+def _pieces(model: LanguageModel, weights: dict[str, Tensor] | None) -> Iterator[tuple[str, Tensor]]:
+    "Name and tensor of everything that goes into model.safetensors, where it lies now: on the device, perhaps sharing memory with the model."
+    own = model.state_dict()
+    for rule in hf_rules(model.config):
+        given = (own if weights is None else weights).get(rule.ours)
+        if given is None or given.shape != own[rule.ours].shape:
+            raise CheckpointError(f"the weights to save {'lack' if given is None else 'have another shape of'} {rule.ours}: give those of LanguageModel.state_dict()")
+        yield from rule.cut(given.detach()).items()
+
 def to_hf_state(
-    model: LanguageModel,   # any model of ours
-) -> dict[str, Tensor]:     # what goes into model.safetensors; on the CPU
+    model: LanguageModel,                      # any model of ours
+    weights: dict[str, Tensor] | None = None,  # under the names of its state dict, to take instead of its own
+) -> dict[str, Tensor]:                        # what goes into model.safetensors; on the CPU
     "The weights under the names and in the shapes that `transformers` expects."
-    state = model.state_dict()
-    return {name: t.cpu() for rule in hf_rules(model.config) for name, t in rule.cut(state[rule.ours]).items()}
+    return {name: t.cpu() for name, t in _pieces(model, weights)}
 
 # %% ../nbs/42_checkpoint.ipynb #fromhf
 def from_hf_state(
@@ -216,26 +231,38 @@ def write_manifest(
 # %% ../nbs/42_checkpoint.ipynb #verify
 NEEDED = ("config.json", "model.safetensors", "tokenizer.json")
 
+def _listed(dir: Path) -> dict[str, dict[str, Any]]:
+    "The files that a manifest lists, with their sizes and hashes, if it is one."
+    files = _read_json(dir/MANIFEST).get("files")
+    if not isinstance(files, dict) or not set(NEEDED) <= set(files): raise _damaged(dir/MANIFEST, f"it does not list {', '.join(NEEDED)}")
+    for name, want in files.items():
+        if Path(name).name != name or name == "..": raise _damaged(dir/MANIFEST, f"it lists {name!r}, which is not the name of a file beside it")
+        if not isinstance(want, dict) or not isinstance(want.get("bytes"), int): raise _damaged(dir/MANIFEST, f"it does not say the size of {name}")
+    return files
+
 def verify(
     dir: str | Path,  # a checkpoint
 ) -> None:
     "Return if every file is there and is what was written; else CheckpointError names the first that is not."
     dir = Path(dir)
     if not dir.is_dir(): raise CheckpointError(f"{dir} is no checkpoint: there is no such directory")
-    files = _read_json(dir/MANIFEST).get("files")
-    if not isinstance(files, dict) or not set(NEEDED) <= set(files): raise _damaged(dir/MANIFEST, f"it does not list {', '.join(NEEDED)}")
-    for name, want in files.items():
+    for name, want in _listed(dir).items():
         path = dir/name
-        if Path(name).name != name or name == "..": raise _damaged(dir/MANIFEST, f"it lists {name!r}, which is not the name of a file beside it")
-        if not isinstance(want, dict): raise _damaged(dir/MANIFEST, f"it says nothing of {name}")
         if not path.is_file(): raise _damaged(path, "it is missing")
-        if (size := path.stat().st_size) != want.get("bytes"): raise _damaged(path, f"it has {size:,} bytes, {want.get('bytes'):,} were written: truncated?")
-        if sha256(path) != want.get("sha256"): raise _damaged(path, "its SHA-256 is not that of what was written: it was altered")
+        try: size, digest = path.stat().st_size, sha256(path)
+        except OSError as e: raise _damaged(path, f"it cannot be read: {e.strerror}") from None
+        if size != want["bytes"]: raise _damaged(path, f"it has {size:,} bytes, {want['bytes']:,} were written: truncated?")
+        if digest != want.get("sha256"): raise _damaged(path, "its SHA-256 is not that of what was written: it was altered")
 
 # %% ../nbs/42_checkpoint.ipynb #savetensors
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    "The same, with copies of tensors that lie where another lies: safetensors writes no memory twice."
+    first = dict[int, str]()
+    return {k: t if first.setdefault(t.data_ptr(), k) == k else t.clone() for k, t in tensors.items()}
+
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     "safetensors' `save_file`, whose I/O errors are turned back into the OSError they came from."
-    try: save_file(tensors, path, metadata={"format": "pt"})
+    try: save_file(_apart(tensors), path, metadata={"format": "pt"})
     except SafetensorError as e:
         code = re.search(r"os error (\d+)", str(e))
         raise OSError(int(code[1]) if code else errno.EIO, os.strerror(int(code[1])) if code else str(e), str(path)) from None
@@ -251,7 +278,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     "A JSON object, with errors that name the file."
     try: value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError: raise _damaged(path, "it is missing") from None
-    except (OSError, ValueError) as e: raise _damaged(path, f"it is no JSON: {e}") from None
+    except (OSError, ValueError, RecursionError) as e: raise _damaged(path, f"it is no JSON: {e}") from None
     if not isinstance(value, dict): raise _damaged(path, "it is no JSON object")
     return value
 
@@ -259,34 +286,110 @@ def _damaged(path: Path, why: str) -> CheckpointError:
     "The error for one file of a checkpoint."
     return CheckpointError(f"{path} cannot be used ({why}): take another checkpoint in {path.parent.parent}, or copy this one again from where it is whole")
 
-# %% ../nbs/42_checkpoint.ipynb #save
-def save_checkpoint(
-    dir: str | Path,                       # the directory to make
-    model: LanguageModel,                  # weights
-    tokenizer: Tokenizer,                  # the one it was trained with
+# %% ../nbs/42_checkpoint.ipynb #snapshotclass
+@dataclass(frozen=True)
+class Snapshot:
+    "All that a checkpoint will hold, as it was at one moment, ready to be written."
+    step: int                   # updates of the weights so far
+    texts: dict[str, str]       # name of a file -> what it will say
+    tokenizer: Tokenizer        # writes its own files
+    weights: dict[str, Tensor]  # for model.safetensors, on the CPU
+    state: dict[str, Tensor]    # for training_state.safetensors, on the CPU
+
+    @property
+    def nbytes(self) -> int:    # of its tensors: what it costs in memory, and, within a few kilobytes, on disk
+        "How many bytes of numbers it holds."
+        return sum(t.nbytes for part in (self.weights, self.state) for t in part.values())
+
+# %% ../nbs/42_checkpoint.ipynb #snapshot
+def snapshot(
+    model: LanguageModel,                      # its weights and shape
+    tokenizer: Tokenizer,                      # the one it was trained with
     *,
-    step: int,                             # updates of the weights so far
-    metrics: dict[str, float] | None = None,  # such as {"val_loss": 1.5}
-    state: dict[str, Any] | None = None,   # what training needs to go on: see `pack`
-    replace: bool = False,                 # may it take the place of a checkpoint of that name?
-) -> Path:                                 # the directory
-    "Write a whole checkpoint, or nothing: CheckpointError if the disk is full or the name taken."
-    dir, tensors = Path(dir), dict[str, Tensor]()
+    step: int,                                 # updates of the weights so far
+    metrics: dict[str, float] | None = None,   # such as {"val_loss": 1.5}
+    state: dict[str, Any] | None = None,       # what training needs to go on: see `pack`
+    config: dict[str, Any] | None = None,      # the resolved configuration, as plain values
+    weights: dict[str, Tensor] | None = None,  # under the names of the model's state dict, to save instead of its own
+    copy: bool = True,                         # False: share the memory of a model that stands still until all is written
+) -> Snapshot:                                 # nothing that happens to the model later changes it
+    "Copy what a checkpoint holds to the CPU. TypeError for what would need pickle."
+    tensors = dict[str, Tensor]()
     training = {"step": step, "metrics": metrics or {}, "state": pack(state or {}, tensors)}
     ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_id") for n in ("bos", "eos", "pad")}
-    texts = {"config.json": hf_config(model.config, tokenizer), "generation_config.json": {**ids, "do_sample": True, "temperature": 0.8},
+    plain = {"config.json": hf_config(model.config, tokenizer), "generation_config.json": {**ids, "do_sample": True, "temperature": 0.8},
              "training_state.json": training}
+    texts = {name: json.dumps(value, indent=1) + "\n" for name, value in plain.items()}
+    if config is not None: texts[CONFIG] = _to_yaml(config)
+    own = {n: t.to("cpu", copy=copy) for n, t in _pieces(model, weights)}
+    return Snapshot(step, texts, tokenizer, own, {n: t.to("cpu", copy=copy).contiguous() for n, t in tensors.items()})
+
+# %% ../nbs/42_checkpoint.ipynb #yaml
+CONFIG = "config.yaml"
+
+def _to_yaml(config: dict[str, Any]) -> str:
+    "Plain values as YAML."
+    try: return str(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    except yaml.YAMLError as e: raise TypeError(f"config: {' '.join(map(str, e.args))}: give numbers, strings, lists and dicts") from None
+
+def _from_yaml(path: Path) -> dict[str, Any]:
+    "Plain values from YAML: tags that would build Python objects are errors."
+    try: value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e: raise _damaged(path, f"it is no plain YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(value, dict): raise _damaged(path, "it is no YAML mapping")
+    return value
+
+# %% ../nbs/42_checkpoint.ipynb #held
+@contextmanager
+def _held(dir: Path) -> Iterator[bool]:
+    "Hold a directory's lock; False if another does. The kernel releases the lock of a process that dies, however it dies."
+    if sys.platform == "win32": yield True; return
+    import fcntl
+    fd = os.open(dir, os.O_RDONLY)
     try:
-        with atomic_dir(dir, replace=replace) as tmp:
-            for name, value in texts.items(): (tmp/name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-            tokenizer.save(tmp)
-            _save_tensors(to_hf_state(model), tmp/"model.safetensors")
-            _save_tensors(tensors, tmp/"training_state.safetensors")
-            write_manifest(tmp)
+        try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB); free = True
+        except BlockingIOError: free = False
+        except OSError: free = True  # a file system without locks: then nobody else can hold one
+        yield free
+    finally: os.close(fd)
+
+# %% ../nbs/42_checkpoint.ipynb #write
+def write_snapshot(
+    dir: str | Path,        # the directory to make
+    snapshot: Snapshot,     # what to write
+    replace: bool = False,  # may it take the place of a checkpoint of that name?
+) -> Path:                  # the directory
+    "Write a whole checkpoint, or nothing: CheckpointError if the disk is full or the name taken, and then all is as it was."
+    dir = Path(dir)
+    try:
+        with ExitStack() as until_renamed, atomic_dir(dir, replace=replace) as tmp:
+            until_renamed.enter_context(_held(tmp))
+            for name, text in snapshot.texts.items(): (tmp/name).write_text(text, encoding="utf-8")
+            snapshot.tokenizer.save(tmp)
+            _save_tensors(snapshot.weights, tmp/"model.safetensors")
+            _save_tensors(snapshot.state, tmp/"training_state.safetensors")
+            write_manifest(tmp)  # last: a directory with a manifest was written to the end
     except OSError as e: raise CheckpointError(f"{dir} was not written ({os.strerror(e.errno or errno.EIO)}); what was there before is whole: {_cure(e)}") from e
     except CheckpointError: raise
     except FundamentaLLMError as e: raise CheckpointError(str(e)) from None
     return dir
+
+# %% ../nbs/42_checkpoint.ipynb #save
+def save_checkpoint(
+    dir: str | Path,                           # the directory to make
+    model: LanguageModel,                      # its weights and shape
+    tokenizer: Tokenizer,                      # the one it was trained with
+    *,
+    step: int,                                 # updates of the weights so far
+    metrics: dict[str, float] | None = None,   # such as {"val_loss": 1.5}
+    state: dict[str, Any] | None = None,       # what training needs to go on: see `pack`
+    config: dict[str, Any] | None = None,      # the resolved configuration, as plain values
+    weights: dict[str, Tensor] | None = None,  # under the names of the model's state dict, to save instead of its own
+    replace: bool = False,                     # may it take the place of a checkpoint of that name?
+) -> Path:                                     # the directory
+    "Write a whole checkpoint, or nothing: CheckpointError if the disk is full or the name taken."
+    now = snapshot(model, tokenizer, step=step, metrics=metrics, state=state, config=config, weights=weights, copy=False)
+    return write_snapshot(dir, now, replace)
 
 # %% ../nbs/42_checkpoint.ipynb #cure
 def _cure(e: OSError) -> str:
@@ -305,9 +408,10 @@ def load_model(
     if check: verify(dir)
     ours = _read_json(dir/"config.json").get("fundamentallm")
     if not isinstance(ours, dict): raise _damaged(dir/"config.json", "it was not written by FundamentaLLM")
+    tensors = _load_tensors(dir/"model.safetensors")
     try:
         with torch.random.fork_rng(devices=[]): model = LanguageModel(ModelConfig(**{**ours, "impl": impl}))
-        model.load_state_dict(from_hf_state(model.config, _load_tensors(dir/"model.safetensors")))
+        model.load_state_dict(from_hf_state(model.config, tensors))
     except ConfigError as e: raise _damaged(dir/"config.json", str(e)) from None
     except (CheckpointError, RuntimeError) as e:
         raise CheckpointError(f"{dir}: config.json and model.safetensors do not belong together ({' '.join(str(e).split())})") from None
@@ -329,19 +433,30 @@ class Checkpoint:
     step: int                  # updates of the weights so far
     metrics: dict[str, float]  # such as {"val_loss": 1.5}
     state: dict[str, Any]      # what training needs to go on
+    config: dict[str, Any] | None = None  # the resolved configuration; None if none was saved
 
 # %% ../nbs/42_checkpoint.ipynb #loadckpt
+def _training_state(dir: Path) -> tuple[int, dict[str, float], dict[str, Any]]:
+    "Step, metrics and state of a checkpoint."
+    path, there = dir/"training_state.json", _listed(dir)
+    for p in (path, path.with_suffix(".safetensors")):
+        if p.name not in there: raise _damaged(p, "the manifest does not list it")
+    plain, tensors = _read_json(path), _load_tensors(path.with_suffix(".safetensors"))
+    try: step, metrics, state = plain["step"], plain["metrics"], unpack(plain["state"], tensors)
+    except (KeyError, TypeError, RecursionError) as e: raise _damaged(path, f"it lacks {e}") from None
+    if not (isinstance(step, int) and isinstance(metrics, dict) and isinstance(state, dict)): raise _damaged(path, "it holds no step, metrics and state")
+    return step, metrics, state
+
 def load_checkpoint(
     dir: str | Path,                     # a checkpoint
     device: torch.device | str = "cpu",  # where to put the model; the state stays on the CPU
     impl: str = "auto",                  # the engine the model runs on: "auto" | "triton" | "torch"
 ) -> Checkpoint:                         # everything in it
-    "Read a checkpoint back, every file verified. CheckpointError names what is wrong."
+    "Read a checkpoint back, every file verified; what the manifest does not list is not opened. CheckpointError names what is wrong."
     dir = Path(dir)
     verify(dir)
-    plain = _read_json(dir/"training_state.json")
-    state = unpack(plain["state"], _load_tensors(dir/"training_state.safetensors"))
-    return Checkpoint(load_model(dir, device, check=False, impl=impl), load_tokenizer(dir), plain["step"], plain["metrics"], state)
+    config = _from_yaml(dir/CONFIG) if CONFIG in _listed(dir) else None
+    return Checkpoint(load_model(dir, device, check=False, impl=impl), load_tokenizer(dir), *_training_state(dir), config)
 
 # %% ../nbs/42_checkpoint.ipynb #names
 STEP = re.compile(r"step-(\d{6,})")
@@ -353,6 +468,10 @@ def step_dir(
     "Where the checkpoint of a step is."
     return Path(run)/"checkpoints"/f"step-{step:06d}"
 
+def _step(name: str) -> int:
+    "The step that a checkpoint is named after."
+    return int(name.removeprefix("step-"))
+
 # %% ../nbs/42_checkpoint.ipynb #listckpt
 def list_checkpoints(
     run: str | Path,  # a run directory
@@ -360,6 +479,12 @@ def list_checkpoints(
     "The checkpoints of a run in the order of their steps."
     found = [(int(m[1]), p) for p in (Path(run)/"checkpoints").glob("step-*") if (m := STEP.fullmatch(p.name)) and p.is_dir()]
     return [p for _, p in sorted(found)]
+
+# %% ../nbs/42_checkpoint.ipynb #remove
+def _remove(path: Path) -> None:
+    "Delete a directory, or a link, in a way that never leaves a half of it under its name."
+    if path.is_symlink(): path.unlink(missing_ok=True)
+    else: shutil.rmtree(path.rename(path.with_name(f".{path.name}.{secrets.token_hex(4)}.gone")), ignore_errors=True)
 
 # %% ../nbs/42_checkpoint.ipynb #point
 def point(
@@ -369,29 +494,92 @@ def point(
     "Let a name stand for a checkpoint: a relative link, swapped in one step. A copy where the file system has no links."
     link, target = Path(link), Path(target)
     tmp = link.with_name(f".{link.name}.{secrets.token_hex(4)}.tmp")
-    try: os.symlink(target.name, tmp, target_is_directory=True)
+    try:
+        os.symlink(target.name, tmp, target_is_directory=True)
+        if link.is_dir() and not link.is_symlink(): _remove(link)  # a copy: a link cannot replace a directory
+        os.replace(tmp, link)
     except OSError as e:
+        tmp.unlink(missing_ok=True)
         if e.errno not in (errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS): raise
         with atomic_dir(link, replace=True) as copy: shutil.copytree(target, copy, dirs_exist_ok=True)
-        return
-    if link.is_dir() and not link.is_symlink(): shutil.rmtree(link)  # such a copy: a link cannot replace a directory
-    os.replace(tmp, link)
+
+# %% ../nbs/42_checkpoint.ipynb #hidden
+_HIDDEN = re.compile(r"\.(step-\d{6,}|best|last)\.[0-9a-f]{8}\.(tmp|gone)")
+
+def _hidden(run: str | Path) -> list[tuple[Path, str, bool]]:
+    "What killed processes left, and live ones are writing, in a run: path, the name it was to have, was it still wanted?"
+    found = [(p, _HIDDEN.fullmatch(p.name)) for p in (Path(run)/"checkpoints").glob(".*")]
+    return [(p, m[1], m[2] == "tmp") for p, m in found if m]
+
+def _sweep(run: str | Path) -> None:
+    "Remove what killed processes left, not what live ones write."
+    for p, *_ in _hidden(run):
+        if p.is_symlink(): p.unlink(missing_ok=True); continue
+        with suppress(FileNotFoundError), _held(p) as free:
+            if free: shutil.rmtree(p, ignore_errors=True)
 
 # %% ../nbs/42_checkpoint.ipynb #rotate
 def rotate(
-    run: str | Path,  # a run directory
-    keep: int,        # numbered checkpoints to keep, besides those that best and last stand for
-) -> list[Path]:      # what was removed
+    run: str | Path,      # a run directory
+    keep: int,            # numbered checkpoints to keep, besides those that best and last stand for
+    keep_every: int = 0,  # a checkpoint whose step is a multiple of this always stays; 0: none
+) -> list[Path]:          # what was removed
     "Remove all but the newest checkpoints, and what a process that was killed while saving left behind."
     dir = Path(run)/"checkpoints"
     linked = {(dir/name).resolve() for name in ("best", "last")}
-    old = [p for p in list_checkpoints(run)[:-keep or None] if p.resolve() not in linked]
-    leftovers = [p for p in dir.glob(".*.tmp") if re.fullmatch(r"\.(step-\d+|best|last)\.[0-9a-f]{8}\.tmp", p.name)]
-    for p in [*old, *leftovers]:
-        if p.is_symlink(): p.unlink(missing_ok=True); continue
-        if p in old: p = p.rename(p.with_name(f".{p.name}.{secrets.token_hex(4)}.tmp"))  # never a half-removed checkpoint under its name
-        shutil.rmtree(p, ignore_errors=True)
+    kth = {p for p in list_checkpoints(run) if keep_every and _step(p.name) % keep_every == 0}
+    old = [p for p in list_checkpoints(run)[:-keep or None] if p not in kth and p.resolve() not in linked]
+    for p in old: _remove(p)
+    _sweep(run)
     return old
+
+# %% ../nbs/42_checkpoint.ipynb #cut
+def cut_checkpoints(
+    run: str | Path,  # a run directory
+    step: int,        # the last step to keep
+) -> list[Path]:      # what was removed, newest first
+    "Forget the checkpoints after a step, as a training does that returns to it."
+    later = [p for p in list_checkpoints(run)[::-1] if _step(p.name) > step]
+    for p in later: _remove(p)
+    _sweep(run)  # or `adopt` would bring one of them back
+    return later
+
+# %% ../nbs/42_checkpoint.ipynb #adopt
+def _stranded(run: str | Path) -> list[Path]:
+    "Checkpoints under a hidden name, with a manifest, whose own name is free: the highest step first, and of one step the newest."
+    found = [(name, (p/MANIFEST).stat().st_mtime_ns, p) for p, name, wanted in _hidden(run)
+             if wanted and STEP.fullmatch(name) and not p.with_name(name).exists() and (p/MANIFEST).is_file()]
+    return [p for *_, p in sorted(found, key=lambda f: (_step(f[0]), f[1]), reverse=True)]
+
+def adopt(
+    run: str | Path,  # a run directory that this process is to write to
+) -> list[Path]:      # the checkpoints that have their names now
+    "Finish what a killed process had all but done: whole checkpoints that lacked only the last rename get their names."
+    placed = list[Path]()
+    for p in _stranded(run):
+        home = p.with_name(p.name[1:].split(".")[0])
+        with _held(p) as free:
+            if not free or home.exists(): continue
+            try: verify(p); p.rename(home); placed.append(home)
+            except CheckpointError: continue  # begun, not finished: `rotate` sweeps it
+            except OSError as e: raise CheckpointError(f"{p} is a whole checkpoint, but cannot be renamed to {home.name} ({e.strerror}): {_cure(e)}") from None
+    return placed
+
+# %% ../nbs/42_checkpoint.ipynb #newest
+def newest_checkpoint(
+    run: str | Path,                     # a run directory
+    device: torch.device | str = "cpu",  # where to put the model; the state stays on the CPU
+    impl: str = "auto",                  # the engine the model runs on: "auto" | "triton" | "torch"
+) -> tuple[Checkpoint | None, list[CheckpointError]]:  # the newest usable one, and what is wrong with each newer one
+    "What a run can go on from. It reads only; whoever is about to write to the run calls `adopt` first."
+    broken = list[CheckpointError]()
+    for path in reversed(list_checkpoints(run)):
+        try:
+            found = load_checkpoint(path, device, impl)
+            if step_dir(run, found.step).name != path.name: raise _damaged(path/"training_state.json", f"it is of step {found.step:,}: renamed?")
+            return found, broken
+        except CheckpointError as e: broken.append(e)
+    return None, broken
 
 # %% ../nbs/42_checkpoint.ipynb #find
 def find_checkpoint(
@@ -407,6 +595,42 @@ def find_checkpoint(
     run = path.parent if path.name == "checkpoints" else path
     newest = list_checkpoints(run)[::-1]
     named = [run/"checkpoints"/n for n in dict.fromkeys((prefer, "last", "best"))]
-    for p in [*newest[:1], *named] if prefer == "last" else [*named, *newest[:1]]:
+    for p in [*newest[:1], *named, *_stranded(run)] if prefer == "last" else [*named, *newest[:1], *_stranded(run)]:
         if p.is_dir(): return p
     raise CheckpointError(f"{path} holds no checkpoint: " + ("the run has not saved one yet" if (run/"config.yaml").exists() else "it is not a run directory"))
+
+# %% ../nbs/42_checkpoint.ipynb #background
+class BackgroundWriter:
+    "Runs one job at a time in a thread, such as writing a snapshot while training goes on. Python waits for the last one before it exits."
+    def __init__(self) -> None: self.thread, self.error = None, None
+
+    thread: threading.Thread | None  # of the job that runs, or has run and was not waited for
+    error: BaseException | None      # what it ended with
+
+    def _run(self, job: Callable[[], object]) -> None:
+        try: job()
+        except BaseException as e: self.error = e  # it is told to whoever waits
+
+    def submit(
+        self,
+        job: Callable[[], object],  # what to do; it must not share memory with what changes meanwhile
+    ) -> None:
+        "Begin a job when the one before it has ended. If that one failed, its error is raised here, after the new job has begun."
+        error = self._ended()
+        self.thread = threading.Thread(target=self._run, args=(job,), name="BackgroundWriter", daemon=False)  # not a daemon: it is waited for at exit
+        self.thread.start()
+        if error: raise error
+
+    def wait(self) -> None:
+        "Return when the job has ended; raise its error, once."
+        if error := self._ended(): raise error
+
+    @property
+    def busy(self) -> bool:  # False: `wait` would return (or raise) at once
+        "Is a job still running?"
+        return self.thread is not None and self.thread.is_alive()
+
+    def _ended(self) -> BaseException | None:
+        if self.thread: self.thread.join()
+        self.thread, error, self.error = None, self.error, None
+        return error

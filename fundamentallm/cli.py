@@ -30,12 +30,13 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['CURES', 'F', 'REPL_HELP', 'KINDS', 'UNITS', 'describe_error', 'Stopped', 'exit_code', 'main', 'common',
            'show_version', 'bare_help', 'cli', 'in_terminal', 'print_table', 'say', 'split_arguments', 'find_text',
-           'preset_names', 'resumed_config', 'run_config', 'command_line', 'load_run', 'example_prompt', 'beginning',
-           'farewell', 'train_run', 'train', 'generate', 'write_text', 'parse_setting', 'Repl', 'read_lines',
-           'evaluate', 'data', 'size_text', 'data_list', 'data_fetch', 'held_out', 'progress_bar', 'parse_shares',
-           'parse_workers', 'data_prepare', 'tokenizer_group', 'text_pieces', 'tokenizer_train', 'tokenizer_show',
-           'requirements', 'installed_version', 'Check', 'check_packages', 'check_machine', 'check_torch', 'doctor',
-           'bench', 'bench_speed', 'bench_tokenizer']
+           'preset_names', 'resumed_config', 'count_vocabulary', 'run_config', 'command_line', 'load_run',
+           'example_prompt', 'beginning', 'farewell', 'train_run', 'run_sweep', 'train', 'config_group', 'config_show',
+           'config_file', 'config_validate', 'config_explain', 'generate', 'write_text', 'parse_setting', 'Repl',
+           'read_lines', 'evaluate', 'data', 'size_text', 'data_list', 'data_fetch', 'held_out', 'progress_bar',
+           'parse_shares', 'parse_workers', 'data_prepare', 'tokenizer_group', 'text_pieces', 'tokenizer_train',
+           'tokenizer_show', 'requirements', 'installed_version', 'Check', 'check_packages', 'check_machine',
+           'check_torch', 'doctor', 'bench', 'bench_speed', 'bench_train', 'bench_changes', 'bench_tokenizer']
 
 # %% ../nbs/60_cli.ipynb #cl-errors
 CURES = {
@@ -153,6 +154,9 @@ def cli(
       fundamentallm generate runs/tiny-shakespeare          write some more of it
       fundamentallm doctor                                  what this machine can do
     """
+    if Path(".env").exists():
+        from fundamentallm.config import publish_environment, read_environment
+        publish_environment(read_environment())
     bare_help(ctx)
 
 # %% ../nbs/60_cli.ipynb #cl-output
@@ -211,10 +215,10 @@ def find_text(
                     + (f"; did you mean {near[0]}?" if near else ""))
 
 # %% ../nbs/60_cli.ipynb #cl-trainconfig
-def preset_names() -> list[str]:  # the files of configs/preset, without the ending
+def preset_names() -> list[str]:  # the files of configs/experiment, without the ending
     "The presets there are, without importing the configuration (help must be quick)."
     import fundamentallm
-    return sorted(p.stem for p in Path(fundamentallm.__file__ or "").parent.glob("configs/preset/*.yaml"))
+    return sorted(p.stem for p in Path(fundamentallm.__file__ or "").parent.glob("configs/experiment/*.yaml"))
 
 # %% ../nbs/60_cli.ipynb #cl-trainconfig1
 def resumed_config(
@@ -229,6 +233,18 @@ def resumed_config(
         values[f"{section}.{field}"] = wanted[section][field]
     return replace(read_config(saved), values)
 
+# %% ../nbs/60_cli.ipynb #cl-dial
+def count_vocabulary(
+    config: Config,  # `data` is read here
+) -> int:            # tokens
+    "How many tokens the vocabulary of the text has, before anything is encoded."
+    from fundamentallm.dataset import read_text
+    from fundamentallm.prepare import open_prepared
+    from fundamentallm.tokenizer import CharTokenizer, load_tokenizer
+    path, name = config.data.path or "", config.data.tokenizer
+    if Path(path).is_dir(): return open_prepared(path).tokenizer.vocab_size
+    return (load_tokenizer(name) if name and name != "char" else CharTokenizer.train(read_text(path))).vocab_size
+
 # %% ../nbs/60_cli.ipynb #cl-trainbody
 def run_config(
     text: Path | None,         # the text to train on; None: the one the run was begun with
@@ -236,13 +252,18 @@ def run_config(
     overrides: Sequence[str],  # key=value
     preset: str | None,        # an experiment file; None: small
     resume: bool,              # go on with the settings of the run
+    depth: int | None = None,  # the dial: blocks, or
+    params: str | None = None, # parameters
 ) -> Config:                   # everything `train` needs to know
     "The settings of a run, new or resumed."
-    from fundamentallm.config import load_config, replace
-    saved = run / "config.yaml"
-    if resume and preset: raise click.UsageError("--resume goes on with the settings of the run: leave --preset out")
+    from fundamentallm.config import load_config, load_dialed, replace
+    saved, dialed = run / "config.yaml", depth is not None or params is not None
+    if resume and (preset or dialed): raise click.UsageError("--resume goes on with the settings of the run: leave --preset, --depth and --params out")
     config = resumed_config(saved, overrides) if resume and saved.exists() else load_config(preset or "small", overrides)
-    return replace(config, {"data.path": str(text)}) if text else config
+    if text: config = replace(config, {"data.path": str(text)})
+    if not dialed: return config
+    turned = load_dialed(preset or "small", overrides, depth=depth, params=params, vocab_size=count_vocabulary(config))
+    return replace(turned, {"data.path": config.data.path})
 
 # %% ../nbs/60_cli.ipynb #cl-trainbody1
 def command_line(
@@ -309,26 +330,66 @@ def train_run(
     config: Config,    # everything else
     resume: bool,      # go on with the run that is there
     overwrite: bool,   # throw it away
-) -> None:
-    "Train; after Ctrl-C say how to go on."
+    watchers: Sequence[Any] = (),  # callbacks besides the usual ones
+) -> TrainResult | None:           # None: stopped, and saved
+    "Train, with the others if torchrun started several; after Ctrl-C or SIGTERM say how to go on."
     from fundamentallm.trainer import Interrupted, train as fit
-    try: result = fit(config, run, resume=resume, overwrite=overwrite)
+    group = None
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from fundamentallm.distributed import launch_group
+        group = launch_group(config.train.parallel)
+    first = group is None or group.rank == 0
+    try: result = fit(config, run, resume=resume, overwrite=overwrite, progress=first, callbacks=watchers, group=group)
     except Interrupted as e:
         again = command_line("train", *([data] if data else []), "-o", run, "--resume")
-        raise Stopped(f"stopped at step {e.step}, and a checkpoint is written; go on with: {again}") from e
-    farewell(result, config)
+        if first: click.echo(f"stopped at step {e.step}, and a checkpoint is written; go on with: {again}")
+        return None
+    return result if first else None
+
+# %% ../nbs/60_cli.ipynb #cl-sweep
+def run_sweep(
+    data: str | None,              # the text as it was named on the command line
+    run: Path,                     # the directory of the sweep: a run in it for every combination
+    specs: Sequence[str],          # "optim.lr=1e-3,3e-4", "seed=0,1"
+    configure: Callable[[Path, Sequence[str]], Config],  # run directory and overrides -> its settings
+    resume: bool,                  # go on with what is there
+    overwrite: bool,               # throw it away
+) -> None:
+    "Train every combination, then print a table of them, the best first; it is also written to sweep.json."
+    import json
+    from fundamentallm.config import expand_sweep
+    from fundamentallm.core import atomic_file
+    points = [(run / ",".join(o.replace("/", "_") for o in overrides), overrides) for overrides in expand_sweep(specs)]
+    todo, rows = [(place, overrides, configure(place, overrides)) for place, overrides in points], list[dict[str, Any]]()   # all checked before the first begins
+    for i, (place, overrides, config) in enumerate(todo, 1):
+        say(f"{i} of {len(todo)}: {' '.join(overrides)}", bold=True)
+        result = train_run(data, place, config, resume and (place / "config.yaml").exists(), overwrite)
+        if result is None: return
+        rows.append({**dict(o.split("=", 1) for o in overrides), "best_val": result.best_val, "last_val": result.last_val, "tokens_per_s": round(result.tokens_per_s), "run": str(place)})
+    rows.sort(key=lambda row: (row["best_val"] != row["best_val"], row["best_val"]))
+    with atomic_file(run / "sweep.json") as f: json.dump(rows, f, indent=1)
+    keys = [k for k in rows[0] if k not in ("tokens_per_s", "run")]
+    print_table([k.replace("_", " ") for k in keys], [[f"{row[k]:.4f}" if isinstance(row[k], float) else str(row[k]) for k in keys] for row in rows])
 
 # %% ../nbs/60_cli.ipynb #cl-traincmd
-@cli.command(short_help="Train a model on a text.", epilog="Without -o, the run is written to runs/NAME, where NAME is the text's. Every key: see config.yaml of a run.")
+@cli.command(short_help="Train a model on a text.", epilog="Without -o, the run is written to runs/NAME, where NAME is the text's. Every key: `fundamentallm config explain`.")
 @click.argument("words", nargs=-1, metavar="DATA [KEY=VALUE]...")
 @click.option("--preset", metavar="NAME", help=f"The experiment to start from: {', '.join(preset_names())}. Default: small.")
+@click.option("--depth", type=click.IntRange(min=1), metavar="N", help="One dial: so many layers; width, heads, batch, rate and steps follow.")
+@click.option("--params", metavar="N", help="One dial: so many parameters (10M); everything else follows.")
+@click.option("--sweep", multiple=True, metavar="KEY=A,B", help="Train once for each value; several --sweep: every combination. Ends with a table.")
+@click.option("--track", type=click.Choice(["trackio", "wandb"]), help="Send the numbers to this tracker too.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), metavar="RUN", help="The run directory. Default: runs/NAME.")
-@click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped, exactly.")
+@click.option("--resume", is_flag=True, help="Go on where a run stopped or was killed, exactly.")
 @click.option("--overwrite", is_flag=True, help="Throw away the run that is there.")
 @common
 def train(
     words: tuple[str, ...],  # the text and the overrides
     preset: str | None,      # --preset
+    depth: int | None,       # --depth
+    params: str | None,      # --params
+    sweep: tuple[str, ...],  # --sweep
+    track: str | None,       # --track
     out: Path | None,        # -o
     resume: bool,            # --resume
     overwrite: bool,         # --overwrite
@@ -340,17 +401,109 @@ def train(
       fundamentallm train book.txt
       fundamentallm train tiny-shakespeare --preset demo -o runs/bard
       fundamentallm train book.txt model.dim=256 model.n_layers=6 train.steps=5000
+      fundamentallm train book.txt --params 1M
+      fundamentallm train book.txt --sweep optim.lr=1e-3,3e-4 --sweep seed=0,1
       fundamentallm train book.txt data.tokenizer=gpt2
       fundamentallm train shards/wiki -o runs/wiki
-      fundamentallm train book.txt --resume
       fundamentallm train book.txt --resume train.steps=8000
+      torchrun --nproc-per-node 2 --no-python fundamentallm train book.txt
     """
+    from fundamentallm.config import read_environment
+    from fundamentallm.watch import Tracker
     data, overrides = split_arguments(words)
     if resume and overwrite: raise click.UsageError("--resume and --overwrite contradict each other: give one of them")
     if data is None and not (resume and out):
         raise click.UsageError("name a text to train on: `fundamentallm train book.txt` or `fundamentallm train tiny-shakespeare`")
-    run = out or Path("runs") / Path(data or "").stem
-    train_run(data, run, run_config(find_text(data) if data else None, run, overrides, preset, resume), resume, overwrite)
+    run, text = out or read_environment().runs / Path(data or "").stem, find_text(data) if data else None
+
+    def configure(place: Path, more: Sequence[str]) -> Config: return run_config(text, place, [*overrides, *more], preset, resume and place.exists(), depth, params)
+    if sweep: return run_sweep(data, run, sweep, configure, resume, overwrite)
+    config = configure(run, ())
+    result = train_run(data, run, config, resume, overwrite, [Tracker(track, config)] if track else [])
+    if result: farewell(result, config)
+
+# %% ../nbs/60_cli.ipynb #cl-configcmd
+@cli.group("config", invoke_without_command=True, short_help="The settings: show, validate, explain.")
+@common
+@click.pass_context
+def config_group(
+    ctx: click.Context,  # the running command
+) -> None:
+    """What can be set, to what it is set, and what it means."""
+    bare_help(ctx)
+
+@config_group.command("show")
+@click.argument("words", nargs=-1, metavar="[RUN|FILE] [KEY=VALUE]...")
+@click.option("--preset", metavar="NAME", help="The experiment to start from. Default: small.")
+@click.option("--depth", type=click.IntRange(min=1), metavar="N", help="Turn the dial: layers.")
+@click.option("--params", metavar="N", help="Turn the dial: parameters.")
+@common
+def config_show(
+    words: tuple[str, ...],  # a run or a configuration file, and overrides
+    preset: str | None,      # --preset
+    depth: int | None,       # --depth
+    params: str | None,      # --params
+) -> None:
+    """Print every setting of a run, a file or a preset as YAML.
+
+    \b
+    Examples:
+      fundamentallm config show --preset demo train.steps=100
+      fundamentallm config show runs/book
+      fundamentallm config show --params 10M
+    """
+    import yaml
+    from fundamentallm.config import load_config, load_dialed, to_dict
+    place, overrides = split_arguments(words)
+    if place:
+        if preset or depth or params: raise click.UsageError("a run has its settings: leave --preset, --depth and --params out")
+        config = resumed_config(config_file(place), overrides)
+    else: config = load_dialed(preset or "small", overrides, depth=depth, params=params) if depth or params else load_config(preset or "small", overrides)
+    click.echo(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), nl=False)
+
+def config_file(
+    place: str,  # a run directory, or a YAML file
+) -> Path:       # the file
+    "The configuration that a path means."
+    from fundamentallm.core import ConfigError
+    path = Path(place) / "config.yaml" if Path(place).is_dir() else Path(place)
+    if not path.is_file(): raise ConfigError(f"{place} is neither a run nor a configuration file: give the path of one")
+    return path
+
+@config_group.command("validate")
+@click.argument("place", metavar="RUN|FILE")
+@common
+def config_validate(
+    place: str,  # a run directory, or a YAML file
+) -> None:
+    """Check a configuration: silent but for one line, exit code 0 if it is in order.
+
+    \b
+    Example:
+      fundamentallm config validate runs/book/config.yaml
+    """
+    from fundamentallm.config import read_config
+    path = config_file(place)
+    read_config(path)
+    click.echo(f"{path}: in order")
+
+@config_group.command("explain")
+@click.argument("key", required=False)
+@common
+def config_explain(
+    key: str | None,  # a setting, or the end of its name; None: all of them, a line each
+) -> None:
+    """Say what a setting means: unit, range, default, and which files set it. Without KEY: a line for each.
+
+    \b
+    Examples:
+      fundamentallm config explain optim.lr
+      fundamentallm config explain
+    """
+    from fundamentallm.config import SECTIONS, explain_setting, setting_keys
+    if key: return click.echo(explain_setting(key))
+    fields = {f"{s}.{n}": f.description or "" for s, section in SECTIONS.items() for n, f in section.model_fields.items()}
+    print_table(["setting", "what it means"], [[k, fields[k]] for k in setting_keys()])
 
 # %% ../nbs/60_cli.ipynb #cl-generatecmd
 @cli.command(short_help="Write text with a trained model, or talk to it.")
@@ -889,7 +1042,7 @@ def doctor(
     if any(c.needed and c.cure for c in checks): raise click.exceptions.Exit(1)
 
 # %% ../nbs/60_cli.ipynb #cl-benchcmd
-@cli.group(invoke_without_command=True, short_help="Benchmarks: speed, tokenizer.")
+@cli.group(invoke_without_command=True, short_help="Benchmarks: speed, train, changes, tokenizer.")
 @common
 @click.pass_context
 def bench(
@@ -918,6 +1071,51 @@ def bench_speed(
     import json
     from fundamentallm.profile import bench_speed as measure
     click.echo(json.dumps(measure(str(find_text(text)), pairs=pairs, steps=steps), indent=1))
+
+# %% ../nbs/60_cli.ipynb #cl-benchtrain
+@bench.command("train")
+@click.argument("text", metavar="DATA", default="tiny-shakespeare")
+@click.option("--pairs", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds of whole processes in turn.")
+@click.option("--steps", type=click.IntRange(min=2), default=4, show_default=True, help="Optimizer steps in each process; the first is not timed.")
+@click.option("--peers", metavar="PYTHON", help="An interpreter that has transformers and accelerate; without it there is only the plain loop.")
+@click.option("--only", default="", metavar="NAME", help="A part of the names of the settings to measure. Default: all.")
+@common
+def bench_train(
+    text: str,          # a text file, or a name of the catalogue
+    pairs: int,         # --pairs
+    steps: int,         # --steps
+    peers: str | None,  # --peers
+    only: str,          # --only
+) -> None:
+    """Training at ten million parameters beside a plain loop and transformers.Trainer (takes half an hour; nothing else should run).
+
+    \b
+    Example:
+      fundamentallm bench train --peers ~/peers/bin/python
+    """
+    import json
+    from fundamentallm.profile import bench_train as measure
+    click.echo(json.dumps(measure(str(find_text(text)), pairs, steps, peers, only), indent=1))
+
+@bench.command("changes")
+@click.argument("text", metavar="DATA", default="tiny-shakespeare")
+@click.option("--pairs", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds of whole processes in turn.")
+@click.option("--steps", type=click.IntRange(min=2), default=4, show_default=True, help="Optimizer steps in each process; the first is not timed.")
+@common
+def bench_changes(
+    text: str,   # a text file, or a name of the catalogue
+    pairs: int,  # --pairs
+    steps: int,  # --steps
+) -> None:
+    """What each choice of the trainer gains, one change per step (takes half an hour; nothing else should run).
+
+    \b
+    Example:
+      fundamentallm bench changes --pairs 3
+    """
+    import json
+    from fundamentallm.profile import bench_changes as measure
+    click.echo(json.dumps(measure(str(find_text(text)), pairs, steps), indent=1))
 
 # %% ../nbs/60_cli.ipynb #cl-benchtok
 @bench.command("tokenizer")

@@ -5,23 +5,30 @@
 # %% ../nbs/40_config.ipynb #imports
 from __future__ import annotations
 
+import io
+import math
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import SequenceMatcher
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .core import ConfigError, atomic_file
-from .model import ModelConfig
+from .model import ModelConfig, count_params
 
 # %% auto #0
 __all__ = ['ALIASES', 'SECTIONS', 'GROUPS', 'nearest_key', 'Settings', 'DataConfig', 'OptimConfig', 'TrainConfig', 'Config',
-           'setting_keys', 'unknown_key', 'config_dir', 'choices', 'presets', 'check_override', 'load_config',
-           'to_dict', 'replace', 'save_config', 'read_config']
+           'setting_keys', 'unknown_key', 'settings_table', 'config_dir', 'choices', 'presets', 'parse_override',
+           'check_override', 'load_config', 'full_key', 'explain_setting', 'to_dict', 'replace', 'expand_sweep',
+           'save_config', 'read_config', 'Environment', 'read_environment', 'publish_environment', 'parse_amount',
+           'shape_like', 'fit_shape', 'dial', 'load_dialed']
 
 # %% ../nbs/40_config.ipynb #nearest
 ALIASES = {
@@ -30,7 +37,9 @@ ALIASES = {
     'num_attention_heads': 'model.n_heads', 'num_key_value_heads': 'model.n_kv_heads', 'intermediate_size': 'model.hidden',
     'learning_rate': 'optim.lr', 'lr_scheduler_type': 'optim.schedule', 'optimizer': 'optim.name',
     'max_iters': 'train.steps', 'max_steps': 'train.steps', 'gradient_accumulation_steps': 'train.accumulate',
-    'max_grad_norm': 'train.grad_clip', 'eval_interval': 'train.eval_every', 'dtype': 'train.precision',
+    'max_grad_norm': 'train.grad_clip', 'eval_interval': 'train.eval_every', 'eval_steps': 'train.eval_every', 'dtype': 'train.precision',
+    'warmup_steps': 'optim.warmup', 'save_steps': 'train.checkpoint_every', 'save_total_limit': 'train.keep', 'ema_decay': 'train.ema',
+    'gradient_checkpointing': 'train.recompute', 'early_stopping_patience': 'train.patience',
 }
 
 def _likeness(a: str, b: str) -> float:
@@ -91,14 +100,15 @@ class DataConfig(Settings):
 class OptimConfig(Settings):
     "How the weights move."
     section: ClassVar[str] = 'optim'
-    name: Literal['adamw', 'sgd', 'lion'] = Field('adamw', description='the update rule')
+    name: Literal['adamw', 'adam', 'sgd', 'lion', 'muon'] = Field('adamw', description='the update rule')
     lr: float = Field(1.5e-3, gt=0, description='peak learning rate')
     min_lr: float | None = Field(None, ge=0, description='learning rate at the end of the run; none = a tenth of lr')
-    weight_decay: float = Field(0.1, ge=0, description='decay of the matrices per unit of lr; norms and biases do not decay')
-    betas: tuple[float, float] = Field((0.9, 0.99), description='memory of mean and mean square, in [0, 1); sgd: momentum, unused')
-    eps: float = Field(1e-8, gt=0, description='adamw: added to the root of the mean square')
+    weight_decay: float = Field(0.1, ge=0, description='decay of the matrices per unit of lr; norms, biases and embeddings do not decay')
+    betas: tuple[float, float] = Field((0.9, 0.99), description='memory of mean and mean square, each in [0, 1); sgd and muon: the first is the momentum')
+    eps: float = Field(1e-8, gt=0, description='adam, adamw: added to the root of the mean square')
     schedule: Literal['cosine', 'linear', 'constant', 'wsd'] = Field('linear', description='shape of the learning rate after the warm-up')
     warmup: int = Field(100, ge=0, description='steps of linear rise from 0 to lr')
+    decay: float = Field(0.2, gt=0, le=1, description='wsd: share of the run, at its end, in which the rate falls')
 
     @field_validator('betas')
     @classmethod
@@ -126,11 +136,20 @@ class TrainConfig(Settings):
     eval_tokens: int | None = Field(None, ge=1, description='tokens of a validation; none = the whole validation part')
     checkpoint_every: int = Field(500, ge=1, description='steps between two checkpoints')
     keep: int = Field(2, ge=1, description='numbered checkpoints kept, besides best and last')
+    keep_every: int = Field(0, ge=0, description='a checkpoint whose step is a multiple of this is never removed; 0 = none')
+    background: bool = Field(False, description='write checkpoints in a thread while training goes on')
+    patience: int = Field(0, ge=0, description='validations without a better loss before training stops; 0 = never')
+    ema: float = Field(0.0, ge=0, lt=1, description='memory of the averaged weights, which are validated, sampled and saved as the model; 0 = none')
+    recompute: bool = Field(False, description='compute activations again in the backward pass instead of keeping them: less memory, a third more work')
     grad_clip: float = Field(1.0, ge=0, description='ceiling of the joint L2 norm of the gradients; 0 = none')
+    spike: float = Field(10.0, ge=0, description='gradient norm that counts as a spike, in medians of the last 100 steps; 0 = never')
+    recoveries: int = Field(3, ge=0, description='returns to the last good checkpoint before training gives up')
     log_every: int = Field(50, ge=1, description='steps between two lines of progress where there is no terminal')
     sample_every: int = Field(500, ge=0, description='steps between two written samples; 0 = never')
     threads: int | None = Field(None, ge=1, description='CPU threads; none = what PyTorch chooses')
     device: str = Field('auto', description='auto, cpu, cuda, cuda:1, mps')
+    prefetch: bool = Field(True, description='fetch the next batch in a thread while this one is learned')
+    parallel: Literal['ddp', 'fsdp'] = Field('ddp', description='several processes under torchrun: whole copies (ddp), or sharded weights (fsdp)')
 
 # %% ../nbs/40_config.ipynb #config
 class Config(Settings):
@@ -155,22 +174,48 @@ def unknown_key(
     names = SECTIONS[section].model_fields if section in SECTIONS else SECTIONS
     return f'{key} is not a setting: {section + " has" if section in SECTIONS else "the sections are"} {", ".join(names)}'
 
+# %% ../nbs/40_config.ipynb #kind
+def _kind(
+    schema: Mapping[str, Any],   # of a field, from JSON Schema
+) -> str:                        # "integer, 1 or more"
+    "A setting's type and range in words."
+    if 'anyOf' in schema: return '; or '.join('none' if s.get('type') == 'null' else _kind(s) for s in schema['anyOf'])
+    if 'enum' in schema: return ', '.join(map(str, schema['enum']))
+    if 'prefixItems' in schema: return f'{len(schema["prefixItems"])} numbers'
+    words = {'boolean': 'true or false', 'string': 'text'}
+    limits = {'minimum': '{:g} or more', 'exclusiveMinimum': 'above {:g}', 'maximum': 'at most {:g}', 'exclusiveMaximum': 'below {:g}'}
+    return ', '.join([words.get(schema['type'], schema['type']), *(t.format(schema[k]) for k, t in limits.items() if k in schema)])
+
+def _written(value: Any) -> str:
+    "A value as it is typed in an override: null, true, [0.9,0.99]."
+    if isinstance(value, list | tuple): return '[' + ','.join(map(_written, value)) + ']'
+    return {None: 'null', True: 'true', False: 'false'}[value] if value is None or isinstance(value, bool) else str(value)
+
+# %% ../nbs/40_config.ipynb #table-fn
+def settings_table(    section: str,   # model, data, optim or train
+) -> str:           # a Markdown table, a row for each setting
+    "The settings of a section with type, range, default and meaning, generated from the classes that check them."
+    if section not in SECTIONS: raise ConfigError(f'{section!r} is no section: there are {", ".join(SECTIONS)}')
+    kinds, fields = SECTIONS[section].model_json_schema()['properties'], SECTIONS[section].model_fields
+    rows = [f'| `{section}.{n}` | {_kind(kinds[n])} | `{_written(f.get_default())}` | {f.description} |' for n, f in fields.items()]
+    return '\n'.join(['| setting | type and range | default | meaning |', '|:---|:---|:---|:---|', *rows])
+
 # %% ../nbs/40_config.ipynb #groups
 def config_dir() -> Path:   # the folder `configs` of the installed package
     "Where the YAML files are."
     return Path(str(files('fundamentallm') / 'configs'))
 
 def choices(
-    group: str,        # model, optim, train or preset
+    group: str,        # model, data, optim, train or experiment
 ) -> list[str]:        # its files, without the ending, in alphabetical order
     "What there is to choose from in a group."
     return sorted(p.stem for p in (config_dir() / group).glob('*.yaml'))
 
 def presets() -> list[tuple[str, str]]:   # (name, one-line description), from small to large
     "The experiments that can be named: `load_config(name)`, `--preset name`."
-    order = ['tiny', 'small', 'demo', 'medium']
-    names = sorted(choices('preset'), key=lambda n: (order.index(n) if n in order else len(order), n))
-    lines = {n: (config_dir() / 'preset' / f'{n}.yaml').read_text(encoding='utf-8').splitlines() for n in names}
+    order = ['tiny', 'small', 'demo', '1m', 'medium', '10m', '100m']
+    names = sorted(choices('experiment'), key=lambda n: (order.index(n) if n in order else len(order), n))
+    lines = {n: (config_dir() / 'experiment' / f'{n}.yaml').read_text(encoding='utf-8').splitlines() for n in names}
     return [(n, next(s[1:].strip() for s in lines[n] if s.startswith('#') and '@package' not in s)) for n in names]
 
 # %% ../nbs/40_config.ipynb #hydra
@@ -184,17 +229,20 @@ def _hydra() -> Iterator[None]:
     from hydra.core.singleton import Singleton
     from hydra.core.utils import JobRuntime
     from hydra.version import VersionBase
+    from omegaconf import OmegaConf
     ours = (GlobalHydra, VersionBase, JobRuntime)
     with _lock:
         theirs = {c: Singleton._instances.pop(c, None) for c in ours}
+        OmegaConf.register_new_resolver('our.div', lambda a, b: a / b, replace=True)
         try:
             with initialize_config_dir(str(config_dir()), version_base='1.3'): yield
         finally:
+            OmegaConf.clear_resolver('our.div')
             for c in ours: Singleton._instances.pop(c, None)
             Singleton._instances.update({c: s for c, s in theirs.items() if s is not None})
 
 # %% ../nbs/40_config.ipynb #overrides
-GROUPS = ('model', 'optim', 'train')
+GROUPS = ('model', 'data', 'optim', 'train')
 
 def _pick(
     group: str,    # a folder of `configs`
@@ -204,23 +252,30 @@ def _pick(
     names = choices(group)
     if name in names: return f'{group}={name}'
     near = nearest_key(name, names)
-    raise ConfigError(f'there is no {group} {name!r}: ' + (f'did you mean {near}? ' if near else '') + f'There are {", ".join(names)}')
+    raise ConfigError(f'there is no {"preset" if group == "experiment" else group} {name!r}: ' + (f'did you mean {near}? ' if near else '') + f'There are {", ".join(names)}')
+
+def parse_override(
+    key: str,      # a setting or a group
+    value: str,    # what is asked for, as it was typed
+) -> Any:          # Hydra's Override: one value, or several
+    "Read a value by Hydra's grammar. Raises ConfigError where it cannot be read, or would come from the environment."
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    if '${oc.env:' in value: raise ConfigError(f'{key}={value}: settings never come from the environment, only paths and keys do; write the value')
+    try: return OverridesParser.create().parse_override(f'{key}={value}')
+    except HydraException:
+        raise ConfigError(f'{key}: cannot read the value {value!r}; put it in quotes: {key}=\'"..."\'') from None
 
 def check_override(
     text: str,     # "model.dim=128", or a group's file: "model=gpt2"
 ) -> str:          # the same in Hydra's grammar
     "Check the key of an override before Hydra sees it. Raises ConfigError with the nearest valid key."
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
     key, eq, value = text.partition('=')
     if not eq: raise ConfigError(f'{text!r} is not an override: write KEY=VALUE, such as model.dim=128')
     if key in GROUPS: return _pick(key, value)
-    if key == 'preset': raise ConfigError(f'the preset is not an override: write --preset {value}')
+    if key in ('preset', 'experiment'): raise ConfigError(f'the preset is not an override: write --preset {value}')
     if key not in setting_keys(): raise ConfigError(unknown_key(key))
-    try: parsed = OverridesParser.create().parse_override(text)
-    except HydraException:
-        raise ConfigError(f'{key}: cannot read the value {value!r}; put it in quotes: {key}=\'"..."\'') from None
-    if parsed.is_sweep_override(): raise ConfigError(f'{text}: takes one value, not several; a list is written [a,b]')
+    if parse_override(key, value).is_sweep_override(): raise ConfigError(f'{text}: takes one value, not several; a list is written [a,b]')
     return '++' + text
 
 # %% ../nbs/40_config.ipynb #load
@@ -233,11 +288,47 @@ def load_config(
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    wanted = [_pick('preset', preset), *map(check_override, overrides)]
+    wanted = [_pick('experiment', preset), *map(check_override, overrides)]
     try:
-        with _hydra(): plain = OmegaConf.to_container(compose('config', overrides=wanted), resolve=True)
+        with _hydra(): plain = OmegaConf.to_container(OmegaConf.merge(Config().model_dump(mode='json'), compose('config', overrides=wanted)), resolve=True)
     except (HydraException, OmegaConfBaseException) as e: raise ConfigError(' '.join(str(e).split())) from None
     return Config.model_validate(plain)
+
+# %% ../nbs/40_config.ipynb #fullkey
+def full_key(
+    name: str,                          # "optim.lr", or its end: "lr"
+    keys: Sequence[str] | None = None,  # the dotted names to choose from; none = `setting_keys()`
+) -> str:                               # the dotted name
+    "The one setting that is called so or ends so. Raises ConfigError where there is none, or more than one."
+    names = setting_keys() if keys is None else keys
+    ends = [key for key in names if key == name or key.endswith(f'.{name}')]
+    if len(ends) > 1: raise ConfigError(f'{name} may mean {" or ".join(ends)}: write the whole name')
+    if not ends: raise ConfigError(unknown_key(name))
+    return ends[0]
+
+# %% ../nbs/40_config.ipynb #explain
+def _set_by(
+    key: str,          # a dotted name
+) -> list[str]:        # "optim/lion 0.0003", ...
+    "The files of the groups and experiments that mention a setting, with the value as it stands there."
+    import yaml
+    found, (section, _, field) = list[str](), key.partition('.')
+    for group in (section, 'experiment'):
+        for name in choices(group):
+            plain = yaml.safe_load((config_dir() / group / f'{name}.yaml').read_text(encoding='utf-8'))
+            fields = plain.get(section, {}) if group == 'experiment' else plain
+            if field in fields: found.append(f'{group}/{name} {_written(fields[field])}')
+    return found
+
+def explain_setting(
+    key: str,    # a dotted name, or its end: "optim.lr", "lr"
+) -> str:        # some lines
+    "What a setting means: unit, type, range, default, and which files set it. Raises ConfigError with the nearest name."
+    key = full_key(key)
+    section, _, name = key.partition('.')
+    field, schema = SECTIONS[section].model_fields[name], SECTIONS[section].model_json_schema()['properties'][name]
+    rows = {'type': _kind(schema), 'default': _written(field.get_default()), 'set by': '\n          '.join(_set_by(key)) or 'no file: the default holds'}
+    return '\n'.join([f'{key}: {field.description}', *(f'  {k:8}{v}' for k, v in rows.items())])
 
 # %% ../nbs/40_config.ipynb #todict
 def to_dict(
@@ -257,6 +348,33 @@ def replace(
         section, _, field = key.partition('.')
         plain[section][field] = value
     return Config.model_validate(plain)
+
+# %% ../nbs/40_config.ipynb #sweep
+def _sweep_values(
+    spec: str,                 # "optim.lr=1e-3,3e-4"
+) -> tuple[str, list[str]]:    # the key, its values
+    "One axis of a sweep. Raises ConfigError for a name, a value or a list that is wrong."
+    from hydra.errors import HydraException
+    short, eq, text = spec.partition('=')
+    if not eq or not text: raise ConfigError(f'{spec!r} is not a sweep: write KEY=VALUE,VALUE, such as optim.lr=1e-3,3e-4')
+    key = short if short in GROUPS else full_key(short)
+    parsed = parse_override(key, text)
+    try: values = list(parsed.sweep_string_iterator()) if parsed.is_sweep_override() else [text]
+    except HydraException: raise ConfigError(f'{spec}: list the values, KEY=A,B,C') from None
+    for i, value in enumerate(values):
+        check_override(f'{key}={value}')
+        if value in values[:i]: raise ConfigError(f'{spec}: {value} stands there twice')
+    return key, values
+
+def expand_sweep(
+    specs: Sequence[str],   # "optim.lr=1e-3,3e-4", "seed=0,1": an axis each; a name may be the end of one setting's
+) -> list[list[str]]:       # for every combination the overrides of `load_config`; the last axis varies fastest
+    "All combinations of the values. Raises ConfigError for whatever is wrong with a name or a list; `load_config` checks the values."
+    axes = [_sweep_values(spec) for spec in specs]
+    keys = [key for key, _ in axes]
+    for key in keys:
+        if keys.count(key) > 1: raise ConfigError(f'{key} is swept twice: put all its values into one list')
+    return [list(row) for row in product(*([f'{key}={value}' for value in values] for key, values in axes))]
 
 # %% ../nbs/40_config.ipynb #saveread
 def save_config(
@@ -280,3 +398,113 @@ def read_config(
     if not isinstance(plain, dict): raise ConfigError(f'{path}: must hold the sections {", ".join(SECTIONS)}')
     try: return Config.model_validate(plain)
     except ConfigError as e: raise ConfigError(f'{path}: {e}') from None
+
+# %% ../nbs/40_config.ipynb #environment
+class Environment(BaseSettings):
+    "Paths and keys of this machine: from the environment, else from `.env`. Never part of a `Config`, so never in a saved one."
+    model_config = SettingsConfigDict(env_prefix='FUNDAMENTALLM_', env_ignore_empty=True, extra='ignore', frozen=True)
+    cache: Path | None = Field(None, description='FUNDAMENTALLM_CACHE: directory of fetched files; none = `core.cache_dir()`')
+    runs: Path = Field(Path('runs'), description='FUNDAMENTALLM_RUNS: directory of the runs that are given no place')
+    hf_token: SecretStr | None = Field(None, validation_alias='HF_TOKEN', description='HF_TOKEN: key of Hugging Face')
+    wandb_api_key: SecretStr | None = Field(None, validation_alias='WANDB_API_KEY', description='WANDB_API_KEY: key of Weights & Biases')
+
+# %% ../nbs/40_config.ipynb #readenv
+def read_environment(
+    directory: str | Path = '.',   # where `.env` may be
+) -> Environment:                  # the environment's value, else that of `.env`, else the default
+    "Read paths and keys. Raises ConfigError for a `.env` that cannot be read, or that holds settings of a run."
+    from dotenv.parser import parse_stream
+    path = Path(directory) / '.env'
+    try: text = path.read_text(encoding='utf-8-sig') if path.exists() else ''
+    except (OSError, UnicodeDecodeError) as e: raise ConfigError(f'{path}: cannot be read ({getattr(e, "strerror", None) or "not UTF-8"})') from None
+    ours = [f'FUNDAMENTALLM_{field.upper()}' for field in ('cache', 'runs')]
+    for line in parse_stream(io.StringIO(text)):
+        if line.error or line.key and line.value is None: raise ConfigError(f'{path}, line {line.original.line}: write NAME=value')
+        if line.key and line.key.upper().startswith('FUNDAMENTALLM_') and line.key.upper() not in ours:
+            raise ConfigError(f'{path}: {line.key} is not one of {", ".join(ours)}; settings of a run are overrides, such as train.seed=1')
+    return Environment(_env_file=path if text else None, _env_file_encoding='utf-8-sig')
+
+def publish_environment(
+    environment: Environment,   # from `read_environment`
+) -> None:
+    "Put what `.env` said where `core.cache_dir`, huggingface_hub, wandb and child processes look: into `os.environ`. What is set there stays."
+    keys = {'HF_TOKEN': environment.hf_token, 'WANDB_API_KEY': environment.wandb_api_key}
+    found = {name: key.get_secret_value() for name, key in keys.items() if key} | ({'FUNDAMENTALLM_CACHE': str(environment.cache)} if environment.cache else {})
+    for name, value in found.items(): os.environ.setdefault(name, value)
+
+# %% ../nbs/40_config.ipynb #amount
+def parse_amount(
+    text: str | float,   # "10M", "1.5e7", 10_000_000
+) -> int:                # 10000000
+    "A count with a k, M or B behind it, or without. Raises ConfigError for anything else."
+    word = str(text).strip()
+    unit = {'k': 1e3, 'm': 1e6, 'b': 1e9}.get(word[-1:].lower())
+    try: count = float(word[:-1] if unit else word) * (unit or 1)
+    except ValueError: count = math.nan
+    if not 1 <= count <= 1e12: raise ConfigError(f'{text!r} is not a number of parameters: write 10M, 1.5e7 or 124000000')
+    return round(count)
+
+# %% ../nbs/40_config.ipynb #shape
+def shape_like(
+    like: ModelConfig,   # architecture, vocabulary and context
+    depth: int,          # L, blocks
+    width: int,          # C, a multiple of 32
+) -> ModelConfig:        # that shape, with heads of 64 numbers (32 where 64 does not divide the width)
+    "A model of another depth and width, otherwise the same."
+    return ModelConfig(**{**like.model_dump(), 'n_layers': depth, 'dim': width, 'n_heads': width // (32 if width % 64 else 64)})
+
+def fit_shape(
+    params: int,         # parameters wished for, embeddings included
+    like: ModelConfig,   # architecture, vocabulary and context
+) -> ModelConfig:        # within 8% of the wish
+    "Of all depths and widths that come within 8% of the wish, the one nearest to width = 64 depth. Raises ConfigError if there is none."
+    found: list[tuple[float, float, ModelConfig, int]] = []
+    for width in (*range(32, 256, 32), *range(256, 16385, 64)):
+        one, two = (sum(count_params(shape_like(like, depth, width)).values()) for depth in (1, 2))   # parameters are linear in the depth
+        depth = max(1, 1 + round((params - one) / (two - one)))
+        total, bend = one + (depth - 1)*(two - one), abs(math.log2(width / (64*depth)))
+        if bend <= 2: found.append((abs(total/params - 1), bend, shape_like(like, depth, width), total))
+        if one > 2*params: break
+    near = min(found, key=lambda f: f[0])
+    if near[0] > 0.08: raise ConfigError(f'no model of {params:,} parameters has {like.vocab_size:,} tokens and a sensible shape: ask for {near[3]:,}')
+    return min((f for f in found if f[0] <= 0.08), key=lambda f: f[1])[2]
+
+# %% ../nbs/40_config.ipynb #dial
+def dial(
+    depth: int | None = None,           # L, blocks; or
+    params: str | float | None = None,  # parameters, "10M": one of the two
+    *,
+    vocab_size: int = 256,              # V, tokens of the tokenizer; 256: characters or bytes
+    context: int = 256,                 # T, tokens in a window
+    tokens_per_param: float = 20.0,     # length of the training (Hoffmann et al. 2022: 20)
+    like: ModelConfig | None = None,    # whose architecture; none = `ModelConfig()`
+) -> list[str]:                         # overrides for `load_config`
+    "One number to width, heads, batch, learning rate and steps. Raises ConfigError unless exactly one of depth and params is given."
+    if (depth is None) == (params is None): raise ConfigError('turn one dial: depth=6, or params=10M')
+    if depth is not None and depth < 1: raise ConfigError(f'depth={depth}: a model has one block or more')
+    if not tokens_per_param > 0: raise ConfigError(f'tokens_per_param={tokens_per_param}: it should be greater than 0')
+    base = ModelConfig(**{**(like or ModelConfig()).model_dump(exclude={'n_layers', 'dim', 'n_heads'}), 'vocab_size': vocab_size, 'context': context})
+    shape = shape_like(base, depth, 64*depth) if depth else fit_shape(parse_amount('' if params is None else params), base)
+    tokens = tokens_per_param * sum(count_params(shape).values())
+    windows = max(1, round(2**round(math.log2(4*math.sqrt(tokens))) / context))
+    accumulate = math.ceil(windows*context / 2**14)
+    batch = math.ceil(windows / accumulate)
+    steps = max(1, round(tokens / (batch*accumulate*context)))
+    return [f'model.{k}={getattr(shape, k)}' for k in ('dim', 'n_layers', 'n_heads', 'context')] + ['optim=adamw_width', f'optim.warmup={round(steps / 20)}',
+            f'train.batch_size={batch}', f'train.accumulate={accumulate}', f'train.steps={steps}']
+
+# %% ../nbs/40_config.ipynb #loaddialed
+def load_dialed(
+    preset: str = 'small',              # see `presets`: what the dial does not set
+    overrides: Sequence[str] = (),      # they win over the dial
+    *,
+    depth: int | None = None,           # L, blocks; or
+    params: str | float | None = None,  # parameters, "10M": one of the two
+    vocab_size: int = 256,              # V, tokens of the tokenizer
+    tokens_per_param: float = 20.0,     # length of the training
+) -> Config:                            # checked and frozen
+    "`load_config` with the dial between preset and overrides; an architecture, a context or an optimizer named in the overrides is heeded."
+    wish, named = load_config(preset, overrides), {text.partition('=')[0] for text in overrides}
+    context = {'context': wish.model.context} if 'model.context' in named else {}
+    turned = dial(depth, params, vocab_size=vocab_size, tokens_per_param=tokens_per_param, like=wish.model, **context)
+    return load_config(preset, [*(t for t in turned if t != 'optim=adamw_width' or 'optim' not in named), *overrides])

@@ -18,7 +18,7 @@ import tempfile
 import urllib.request
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -164,17 +164,24 @@ def atomic_dir(
     "Fill a directory under a hidden name and give it its own only when every file is on disk."
     path = Path(os.path.abspath(path))
     if path.exists() and not replace: raise FundamentaLLMError(f"{path} exists already: choose another name or remove it")
+    new = [p.parent for p in path.parents if not p.exists()]  # where parents are about to be made
     tmp, old = _beside(path), _beside(path)
     tmp.mkdir()
+    placed = False
     try:
         yield tmp
         for p in sorted(tmp.rglob("*"), reverse=True): _fsync(p)
         _fsync(tmp)
         if path.exists(): os.rename(path, old)  # the one moment without `path`: a rename cannot land on a full directory
-        os.rename(tmp, path)
-        _fsync(path.parent)
-    finally:
-        for leftover in (tmp, old): shutil.rmtree(leftover, ignore_errors=True)
+        os.rename(tmp, path); placed = True
+        for p in (path.parent, *new): _fsync(p)
+    except BaseException:
+        with suppress(OSError):                 # an error means that nothing has changed
+            if placed: os.rename(path, tmp)
+            if old.exists(): os.rename(old, path)
+        raise
+    finally:  # if not even that could be undone, both stay, hidden and whole
+        for leftover in (tmp, old) if path.exists() or not old.exists() else (): shutil.rmtree(leftover, ignore_errors=True)
 
 # %% ../nbs/00_core.ipynb #sha
 def sha256(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import Attend, Attention, KVCache, Rotate, attention
+from .attention import Attend, Attention, KVCache, Rotate, attention, dropout
 from .core import ConfigError
 from .kernels.glu import glu
 from .kernels.gpu import use_triton
@@ -283,4 +283,4 @@ class Block(nn.Module):
         return x + self._drop(self.ff(h))
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return dropout(x, self.dropout, self.training)

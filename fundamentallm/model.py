@@ -13,8 +13,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from .attention import Attend, KVCache, Rotate, attention
+from .attention import Attend, KVCache, Rotate, attention, dropout
 from .core import ConfigError, DataError
 from .kernels.flash import flash_attention, flash_decode
 from .kernels.gpu import use_triton
@@ -229,7 +230,7 @@ class LanguageModel(nn.Module):
         self.config = c = config
         self.embed = nn.Embedding(c.vocab_size, c.dim)
         self.pos_embed = nn.Embedding(c.context, c.dim) if c.positions == "learned" else None
-        self.drop = nn.Dropout(c.dropout)
+        self.recompute = False  # in training: keep a block's input only, and compute the rest again in the backward pass
         self.blocks = nn.ModuleList(make_block(c) for _ in range(c.n_layers))
         self.norm = make_norm(c.norm, c.dim, c.bias, c.norm_eps, c.impl)
         self.head = nn.Linear(c.dim, c.vocab_size, bias=False)
@@ -253,10 +254,12 @@ class LanguageModel(nn.Module):
     ) -> Tensor:  # (B, T, C)
         "The normalised states that the head reads."
         start = cache[0].length if cache else 0
-        x = self.drop(self._embed(ids, start))
+        x = dropout(self._embed(ids, start), self.config.dropout, self.training)
         rotate, attend = self.positions(x, start)
+        again = self.recompute and self.training and torch.is_grad_enabled() and cache is None
         for i, block in enumerate(self.blocks):
-            x = block(x, rotate=rotate, attend=attend, cache=cache[i] if cache else None)
+            if again: x = checkpoint(block, x, rotate=rotate, attend=attend, use_reentrant=False)
+            else: x = block(x, rotate=rotate, attend=attend, cache=cache[i] if cache else None)
         states: Tensor = self.norm(x)
         return states
 

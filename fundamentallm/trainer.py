@@ -5,19 +5,27 @@
 # %% ../nbs/43_trainer.ipynb #imports
 from __future__ import annotations
 
+import copy
+import ctypes
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
+import random
 import shutil
 import signal
+import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,23 +34,29 @@ import torch
 from torch import Tensor
 
 from .checkpoint import (
-    Checkpoint, flatten_state, list_checkpoints, load_checkpoint, point, restore_state, rotate, save_checkpoint, step_dir)
-from .config import Config, replace, save_config
+    BackgroundWriter, Checkpoint, flatten_state, list_checkpoints, newest_checkpoint, point, restore_state, rotate, save_checkpoint, snapshot,
+    step_dir, write_snapshot)
+from .config import Config, replace, save_config, to_dict
 from .core import (
     CheckpointError, ConfigError, DataError, FundamentaLLMError, atomic_file, choose_device, choose_dtype, house_style, seed_everything, sha256)
-from .dataset import Batches, Ids, TokenShards, eval_batches, read_text, split_tokens
+from .dataset import IGNORE, Batches, Ids, TokenShards, eval_batches, read_text, split_tokens
 from .kernels.gpu import use_triton
 from .model import LanguageModel
 from .optim import clip_grad_norm, lr_at, make_optimizer
 from .prepare import open_prepared
 from .tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 
+logger = logging.getLogger(__name__)
+
 # %% auto #0
-__all__ = ['OURS', 'validation_loss', 'BatchSource', 'compiled_loss', 'Stepper', 'EventLog', 'read_events', 'cut_events',
-           'Callback', 'Diverged', 'Interrupted', 'TrainResult', 'diverged', 'Trainer', 'duration', 'ProgressBar',
-           'TensorBoard', 'continue_ids', 'Samples', 'count_losses', 'plot_losses', 'LossCurve', 'is_run', 'check_free',
-           'prepare_run', 'Corpus', 'text_corpus', 'prepared_corpus', 'load_corpus', 'load_resume', 'check_text',
-           'standard_callbacks', 'train']
+__all__ = ['logger', 'LossFn', 'M_TRIM_THRESHOLD', 'M_MMAP_MAX', 'FULL', 'LOCK', 'OURS', 'validation_loss', 'BatchSource',
+           'Prefetch', 'summed_loss', 'Solo', 'random_state', 'set_random_state', 'step_seed', 'batch_number',
+           'out_of_memory', 'Stepper', 'EventLog', 'read_events', 'cut_events', 'Callback', 'Diverged', 'Trouble',
+           'Interrupted', 'TrainResult', 'keep_memory', 'run_lock', 'log_files', 'Spikes', 'name_rows', 'name_document',
+           'row_losses', 'step_reach', 'Suspect', 'diagnose', 'Trainer', 'duration', 'ProgressBar', 'in_notebook',
+           'TensorBoard', 'continue_ids', 'Samples', 'EarlyStopping', 'count_losses', 'plot_losses', 'LossCurve',
+           'is_run', 'check_free', 'prepare_run', 'Corpus', 'text_corpus', 'prepared_corpus', 'load_corpus',
+           'load_resume', 'check_text', 'standard_callbacks', 'train', 'begin_run']
 
 # %% ../nbs/43_trainer.ipynb #validation
 @torch.no_grad()
@@ -72,16 +86,154 @@ class BatchSource(Protocol):
         "The batch of a step."
         ...
 
-# %% ../nbs/43_trainer.ipynb #compile
-def compiled_loss(
-    model: LanguageModel,                     # stays as it is: weights, names and checkpoints
-) -> Callable[[Tensor, Tensor], Tensor]:      # a faster `model.loss`
-    "The loss through torch.compile. ConfigError where a CPU has no C++ compiler to compile with."
+# %% ../nbs/43_trainer.ipynb #prefetch
+class Prefetch:
+    "A source of batches that fetches the next one in a thread while this one is learned."
+    def __init__(
+        self,
+        batches: BatchSource,  # where they come from
+    ) -> None:
+        self.batches, self.pool = batches, ThreadPoolExecutor(1, "prefetch")
+        self.asked, self.coming = -1, Future[tuple[Tensor, Tensor]]()
+
+    def at(
+        self,
+        global_step: int,  # batches since the start of training, from 0
+    ) -> tuple[Tensor, Tensor]:  # x and y, each (B, T) int64
+        "The batch of a step; the one after it is on its way when this returns."
+        batch = self.coming.result() if self.asked == global_step else self.batches.at(global_step)
+        self.asked, self.coming = global_step + 1, self.pool.submit(self.batches.at, global_step + 1)
+        return batch
+
+# %% ../nbs/43_trainer.ipynb #loss-fn
+LossFn = Callable[[Tensor, Tensor], Tensor]  # x and y, (B, T) each -> the SUM of the losses of the targets that count
+
+def summed_loss(
+    model: LanguageModel,   # stays as it is: weights, names and checkpoints
+    compiled: bool = False, # through torch.compile
+) -> LossFn:                # nats
+    "The loss that training adds up. ConfigError where a CPU has no C++ compiler to compile with."
+    def loss(x: Tensor, y: Tensor) -> Tensor: return model.loss(x, y, reduction="sum")
+    if not compiled: return loss
     on_cpu = next(model.parameters()).device.type == "cpu"
     if on_cpu and not any(shutil.which(c) for c in (os.environ.get("CXX") or "g++", "g++", "clang++", "cl")):
         raise ConfigError("train.compile=true needs a C++ compiler (g++ or clang++) on a CPU: install one, or leave it out")
-    compiled: Callable[[Tensor, Tensor], Tensor] = torch.compile(model.loss, dynamic=False)
-    return compiled
+    fast: LossFn = torch.compile(loss, dynamic=False)
+    return fast
+
+# %% ../nbs/43_trainer.ipynb #solo
+class Solo:
+    "The processes that train together: here, one. Chapter 44 has groups of several, with the same methods."
+    rank: int = 0       # which of them this is; 0 is the one that writes
+    world: int = 1      # how many there are
+    whole: bool = True  # does each of them hold all the weights?
+
+    def device(
+        self,
+        name: str,     # "auto", "cpu", "cuda", ...
+    ) -> torch.device: # of this process
+        "Where this process computes."
+        return choose_device(name)
+
+    def wrap(
+        self,
+        model: LanguageModel,  # its parameters may be exchanged for shards of themselves
+        loss_fn: LossFn,       # the sum of the losses of this process's rows
+    ) -> LossFn:               # the same; its backward pass leaves the mean over the processes in the gradients
+        "What training calls."
+        return loss_fn
+
+    def quiet(self) -> AbstractContextManager[Any]:  # to be entered around forward and backward
+        "Backward passes in here only add up: the gradients are exchanged by the first one outside."
+        return nullcontext()
+
+    def sum(
+        self,
+        t: Tensor,  # one process's part
+    ) -> Tensor:    # the same in every process
+        "Added up over all processes."
+        return t
+
+    def any(
+        self,
+        flag: bool,  # what one process thinks
+    ) -> bool:       # the same in every process
+        "Does any of them say yes?"
+        return flag
+
+    def clip(
+        self,
+        params: Sequence[Tensor],  # of the model
+        max_norm: float,           # 0: only measure
+    ) -> Tensor:                   # 0-d, the norm before
+        "`clip_grad_norm` over all shards."
+        return clip_grad_norm(params, max_norm)
+
+    def state(
+        self,
+        model: LanguageModel,              # its weights ...
+        optimizer: torch.optim.Optimizer,  # ... and what this remembers of them
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # whole tensors by name, in process 0
+        "Weights and `flatten_state`, put together from all processes; all of them must call it."
+        return model.state_dict(), flatten_state(optimizer, model)
+
+    def load(
+        self,
+        model: LanguageModel,              # to be changed
+        optimizer: torch.optim.Optimizer,  # to be changed
+        weights: dict[str, Tensor],        # whole tensors by name
+        memory: dict[str, Tensor],         # of the optimizer
+    ) -> None:
+        "Undo `state`, on any number of processes."
+        model.load_state_dict(weights)
+        restore_state(optimizer, model, memory)
+
+    def barrier(self) -> None:
+        "Wait until all processes are here."
+
+# %% ../nbs/43_trainer.ipynb #random-state
+def random_state() -> dict[str, Any]:  # plain values and tensors
+    "Where every global stream of random numbers stands: Python's, NumPy's, PyTorch's."
+    version, numbers, gauss = random.getstate()
+    legacy: Any = np.random.get_state(legacy=False)
+    key = torch.from_numpy(legacy["state"]["key"].astype(np.int64))
+    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "numpy": {"key": key, "pos": int(legacy["state"]["pos"]), "has_gauss": int(legacy["has_gauss"]), "gauss": float(legacy["gauss"])},
+            "python": {"version": version, "numbers": torch.tensor(numbers), "gauss": gauss}}
+
+def set_random_state(
+    state: dict[str, Any],  # from `random_state`
+) -> None:
+    "Let the streams go on from there."
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count(): torch.cuda.set_rng_state_all(state["cuda"])
+    n, p = state["numpy"], state["python"]
+    np.random.set_state(("MT19937", n["key"].numpy().astype(np.uint32), n["pos"], n["has_gauss"], n["gauss"]))
+    random.setstate((p["version"], tuple(p["numbers"].tolist()), p["gauss"]))
+
+# %% ../nbs/43_trainer.ipynb #step-seed
+def step_seed(
+    seed: int,  # of the run
+    step: int,  # updates made so far
+    rank: int,  # of the process
+) -> int:       # 0 to 2**63 - 1
+    "The seed of a step's dropout: a pure function, as the order of the data is."
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+def batch_number(
+    step: int,                # updates made so far
+    skipped: Iterable[int],   # numbers of batches that are left out
+) -> int:                     # which of all batches this step learns
+    "The batch of a step: the step's own number, moved on past those left out."
+    for s in sorted(skipped): step += s <= step
+    return step
+
+# %% ../nbs/43_trainer.ipynb #out-of-memory
+def out_of_memory(
+    error: BaseException,  # what was raised
+) -> bool:                 # did the device's memory run out?
+    "CUDA has an error class of its own; PyTorch's allocator on a CPU raises a RuntimeError."
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 # %% ../nbs/43_trainer.ipynb #stepper
 class Stepper:
@@ -91,31 +243,65 @@ class Stepper:
         model: LanguageModel,        # on its device; changed in place
         batches: BatchSource,        # `Batches`, or anything with `at(step) -> (x, y)`
         config: Config,              # `optim` and `train` are read here
+        group: Solo | None = None,   # the processes that train together; None: this one
     ) -> None:
-        self.model, self.batches, self.config, o = model, batches, config, config.optim
+        c, o = config.train, config.optim
+        self.model, self.config, self.group, self.batches = model, config, group or Solo(), batches
+        self.source = Prefetch(batches) if c.prefetch else batches
         self.device = next(model.parameters()).device
-        self.dtype = choose_dtype(config.train.precision, self.device)
+        self.dtype = choose_dtype(c.precision, self.device)
+        model.recompute = c.recompute
+        self.loss_fn = self.group.wrap(model, summed_loss(model, c.compile))  # may shard the parameters: before the optimizer sees them
         self.optimizer = make_optimizer(model, o.name, o.lr, o.weight_decay, o.betas, o.eps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)  # only fp16 needs one
-        self.params = [p for p in model.parameters() if p.requires_grad]
-        self.loss_fn = compiled_loss(model) if config.train.compile else model.loss
+        self.params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+        self.ema = [p.detach().clone() for p in self.params] if c.ema else []
+        self.split, self.skipped, self.waited = 1, list[int](), 0.0  # parts of a micro-batch; batches left out; seconds waited for data
 
     def autocast(self) -> Any:  # a context manager
         "Matrix products in the training precision; nothing in fp32."
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
+    def micro_batches(
+        self,
+        step: int,  # updates made so far
+    ) -> list[tuple[Tensor, Tensor]]:  # x and y, (<= B, T) each
+        "What one update learns from, in pieces that fit the memory."
+        n, began = self.config.train.accumulate, time.perf_counter()
+        first = batch_number(step, self.skipped)*n
+        pairs = [self.source.at(first + i) for i in range(n)]
+        self.waited = time.perf_counter() - began
+        return [piece for x, y in pairs for piece in zip(x.chunk(self.split), y.chunk(self.split))]
+
     def gradients(
         self,
         step: int,            # updates made so far: it decides the batches
     ) -> tuple[Tensor, int]:  # mean loss (0-d, on the device), tokens
-        "Forward and backward of one update: gradients of the mean over `train.accumulate` batches."
-        n, total, tokens = self.config.train.accumulate, torch.zeros((), device=self.device), 0
-        for i in range(n):
-            x, y = (t.to(self.device, non_blocking=True) for t in self.batches.at(step*n + i))
-            with self.autocast(): loss = self.loss_fn(x, y)/n
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            total, tokens = total + loss.detach(), tokens + y.numel()
-        return total, tokens
+        "Forward and backward of one update: gradients of the mean over every target of all its micro-batches, in all processes."
+        pairs, group = self.micro_batches(step), self.group
+        tokens = int(group.sum(torch.tensor(sum(int((y != IGNORE).sum()) for _, y in pairs))))
+        total = torch.zeros((), device=self.device)
+        for i, pair in enumerate(pairs, 1):
+            x, y = (t.to(self.device, non_blocking=True) for t in pair)
+            with nullcontext() if i == len(pairs) else group.quiet():
+                with self.autocast(): loss = self.loss_fn(x, y)/max(1, tokens)  # each target weighs the same, whatever micro-batch it is in
+                self.scaler.scale(loss*group.world).backward()  # type: ignore[no-untyped-call]
+            total = total + loss.detach()
+        return group.sum(total), tokens
+
+    def gradients_that_fit(
+        self,
+        step: int,            # updates made so far
+    ) -> tuple[Tensor, int]:  # mean loss (0-d, on the device), tokens
+        "`gradients`; where the memory runs out, again in smaller pieces: the same batch, the same mean."
+        while True:
+            try: return self.gradients(step)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
+                if not out_of_memory(e) or self.group.world > 1 or self.split >= self.config.train.batch_size: raise
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.device.type == "cuda": torch.cuda.empty_cache()
+            self.split *= 2
+            logger.warning(f"step {step + 1}: out of memory; from now on each batch of {self.config.train.batch_size} is learned in {self.split} parts, with the same result")
 
     def update(
         self,
@@ -123,30 +309,50 @@ class Stepper:
     ) -> tuple[Tensor, Tensor, float, int]:  # loss and norm of the gradient (0-d, on the device), learning rate, tokens
         "One step: gradients, clipping, learning rate, weights. Nothing here waits for the device."
         o, c = self.config.optim, self.config.train
-        loss, tokens = self.gradients(step)
+        torch.manual_seed(step_seed(c.seed, step, self.group.rank))  # of dropout
+        loss, tokens = self.gradients_that_fit(step)
         self.scaler.unscale_(self.optimizer)
-        norm = clip_grad_norm(self.params, c.grad_clip)
-        lr = lr_at(step, steps=c.steps, lr=o.lr, min_lr=o.min_lr, warmup=o.warmup, schedule=o.schedule)
-        for group in self.optimizer.param_groups: group["lr"] = lr
+        norm = self.group.clip(self.params, c.grad_clip)
+        lr = lr_at(step, steps=c.steps, lr=o.lr, min_lr=o.min_lr, warmup=o.warmup, schedule=o.schedule, decay=o.decay)
+        for group in self.optimizer.param_groups: group["lr"] = lr*group.get("lr_scale", 1.0)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)  # gradients are made anew: cheaper than filling them with zeros
+        with torch.no_grad():
+            if self.ema: torch._foreach_lerp_(self.ema, self.params, 1 - min(c.ema, (1 + step)/(10 + step)))  # short at first
         return loss, norm, lr, tokens
 
-    def state(self) -> dict[str, Any]:  # for `save_checkpoint`
-        "What the next step depends on besides the weights and its number."
-        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
-        return {"optimizer": flatten_state(self.optimizer, self.model), "scaler": self.scaler.state_dict(), "rng": torch.get_rng_state(), "rng_cuda": cuda}
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        "Within this, the model has its averaged weights, if it keeps such."
+        if not self.ema: yield; return
+        with torch.no_grad():
+            own = [p.detach().clone() for p in self.params]
+            torch._foreach_copy_(self.params, self.ema)
+            try: yield
+            finally: torch._foreach_copy_(self.params, own)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:  # the weights that the model is saved with; for `save_checkpoint`
+        "What the next step depends on besides its number."
+        weights, memory = self.group.state(self.model, self.optimizer)
+        state = {"optimizer": memory, "scaler": self.scaler.state_dict(), "random": random_state(), "split": self.split, "skipped": list(self.skipped)}
+        if not self.ema: return weights, state
+        state["weights"] = {k: v.clone() for k, v in weights.items()}
+        with self.averaged(): return {k: v.clone() for k, v in self.group.state(self.model, self.optimizer)[0].items()}, state
 
     def restore(
         self,
-        state: dict[str, Any],  # from `state`
+        weights: dict[str, Tensor],  # those of the saved model
+        state: dict[str, Any],       # from `state`
     ) -> None:
-        "Remember what was known when the state was taken. The weights are the caller's to load."
-        restore_state(self.optimizer, self.model, state["optimizer"])
+        "Be as when the state was taken."
+        if self.ema:
+            self.group.load(self.model, self.optimizer, weights, state["optimizer"])
+            self.ema = [p.detach().clone() for p in self.params]
+        self.group.load(self.model, self.optimizer, state.get("weights", weights), state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]: self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
-        for s in state["rng_cuda"] if self.device.type == "cuda" else (): torch.cuda.set_rng_state(s, self.device)
+        self.split, self.skipped = state["split"], list(state["skipped"])
+        set_random_state(state["random"])
 
 # %% ../nbs/43_trainer.ipynb #eventlog
 class EventLog:
@@ -168,14 +374,15 @@ class EventLog:
         if time.monotonic() > self.due: self.flush()
 
     def flush(self) -> None:
-        "Write what is waiting. On an error (a full disk) the file is cut back to whole lines."
-        data, self.lines, self.due = "".join(self.lines).encode(), [], time.monotonic() + self.every
+        "Write what is waiting. On a full disk the file is cut back to whole lines, and the lines wait for the next time."
+        data, self.due = "".join(self.lines).encode(), time.monotonic() + self.every
         end = self.file.seek(0, os.SEEK_END)
         try:
             while data: data = data[self.file.write(data) or 0:]  # a raw file may write a part
         except OSError:
             with suppress(OSError): self.file.truncate(end)
             raise
+        self.lines = []
 
     def close(self) -> None:
         "Flush, and close the file even if that fails."
@@ -203,7 +410,7 @@ def cut_events(
 
 # %% ../nbs/43_trainer.ipynb #callback
 class Callback:
-    "Something that watches a training. Override what you need. A callback reads; all it may change is `trainer.stopping = True`."
+    "Something that watches a training. Override what you need. All it may change: `trainer.stopping` (save and stop) and `trainer.finished` (that was all)."
     def on_start(
         self,
         trainer: Trainer,  # before the first step
@@ -213,7 +420,7 @@ class Callback:
     def on_step(
         self,
         trainer: Trainer,         # after an update
-        record: dict[str, Any],   # step, loss, lr, grad_norm, tokens_per_s, elapsed_s
+        record: dict[str, Any],   # step, loss, lr, grad_norm, tokens_per_s, elapsed_s, wait_s
     ) -> None:
         "The numbers of one step are known (on a GPU: some steps later, in one go, so that nothing waits for them)."
 
@@ -227,9 +434,16 @@ class Callback:
     def on_checkpoint(
         self,
         trainer: Trainer,  # after saving
-        path: Path,        # the checkpoint
+        path: Path,        # the checkpoint; with `train.background` it is still being written
     ) -> None:
         "A checkpoint is on disk."
+
+    def on_rollback(
+        self,
+        trainer: Trainer,         # back at the step of a checkpoint
+        incident: dict[str, Any], # step, from_step, why, batch, documents
+    ) -> None:
+        "A step went wrong; training goes on from the last good checkpoint without its batch."
 
     def on_end(
         self,
@@ -237,9 +451,29 @@ class Callback:
     ) -> None:
         "Training is over, whichever way: `trainer.step` says how far it came."
 
+    def state(self) -> dict[str, Any]:  # plain values and tensors
+        "What this callback must remember when the run is resumed; it goes into each checkpoint."
+        return {}
+
+    def restore(
+        self,
+        state: dict[str, Any],  # from `state`
+    ) -> None:
+        "Remember it."
+
 # %% ../nbs/43_trainer.ipynb #errors
 class Diverged(FundamentaLLMError):
-    "The loss or the gradient is no longer a number."
+    "The loss or the gradient went wrong more often than training may go back."
+
+class Trouble(Exception):
+    "A step that went wrong: the loop catches it and goes back."
+    def __init__(
+        self,
+        why: str,                # in words
+        record: dict[str, Any],  # of the step
+    ) -> None:
+        super().__init__(why)
+        self.why, self.record = why, record
 
 # %% ../nbs/43_trainer.ipynb #interrupted
 class Interrupted(FundamentaLLMError):
@@ -290,47 +524,201 @@ def _threads(n: int | None) -> Iterator[None]:
         torch.set_num_threads(was)
         torch.set_flush_denormal(False)
 
+# %% ../nbs/43_trainer.ipynb #keep-memory
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+@contextmanager
+def keep_memory() -> Iterator[None]:
+    "Keep the memory of freed tensors for the next ones. By default glibc returns large blocks to the system, which clears each page before it lends it again."
+    try: libc = ctypes.CDLL(None); mallopt, trim = libc.mallopt, libc.malloc_trim
+    except (AttributeError, OSError, TypeError): yield; return  # another C library: nothing to set
+    mallopt(M_MMAP_MAX, 0)          # large blocks come from the heap, as small ones do ...
+    mallopt(M_TRIM_THRESHOLD, -1)   # ... whose free end is kept
+    try: yield
+    finally:
+        mallopt(M_MMAP_MAX, 65536)  # glibc's defaults
+        mallopt(M_TRIM_THRESHOLD, 128*1024)
+        trim(0)
+
 # %% ../nbs/43_trainer.ipynb #diskerrors
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 @contextmanager
 def _disk_errors(run: Path) -> Iterator[None]:
-    "A full disk is an error with one line, wherever it strikes."
+    "A disk that is full before training began is an error with one line."
     try: yield
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
+        if e.errno not in FULL: raise
         raise CheckpointError(f"{run}: {os.strerror(e.errno)}; the checkpoints there are whole: free some space, then go on with --resume") from e
+
+# %% ../nbs/43_trainer.ipynb #runlock
+@contextmanager
+def run_lock(
+    run: Path,  # a run directory; made if it is not there
+) -> Iterator[None]:
+    "One trainer at a time: CheckpointError while another process holds the lock. It goes with the process, however that ends."
+    try: import fcntl
+    except ImportError: yield; return  # Windows
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run/LOCK, "a") as f:
+        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError: raise CheckpointError(f"another process is training in {run}: wait for it, stop it, or choose another run with -o") from None
+        except OSError: pass  # a file system without locks
+        yield
+
+LOCK = ".lock"
+
+# %% ../nbs/43_trainer.ipynb #logfiles
+class _Quiet(RotatingFileHandler):
+    "A log file that a full disk does not disturb training with."
+    def handleError(self, record: logging.LogRecord) -> None: "Say nothing."
+
+@contextmanager
+def log_files(
+    run: Path,  # a run directory
+) -> Iterator[None]:
+    "What happens goes to RUN/train.log (1 MB, three older ones kept), warnings to the console too."
+    file, console = _Quiet(run/"train.log", maxBytes=2**20, backupCount=3, encoding="utf-8", delay=True), logging.StreamHandler()
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+    console.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    console.setLevel(logging.WARNING)
+    was, logger.propagate = (logger.level, logger.propagate), False
+    logger.setLevel(logging.INFO)
+    for handler in (file, console): logger.addHandler(handler)
+    try: yield
+    finally:
+        for handler in (file, console): logger.removeHandler(handler); handler.close()
+        logger.level, logger.propagate = was
 
 # %% ../nbs/43_trainer.ipynb #session
 @contextmanager
 def _session(trainer: Trainer) -> Iterator[None]:
     "Around the loop: log, signals, threads, callbacks; all of it cleaned up whatever happens."
-    t, callbacks = trainer, trainer.callbacks
-    with _disk_errors(t.run_dir), _threads(t.config.train.threads), _stop_on_signal(t):
+    t, files = trainer, log_files(trainer.run_dir) if trainer.main else nullcontext()
+    with files, keep_memory(), _threads(t.config.train.threads), _stop_on_signal(t):
         t.began = time.perf_counter()
-        t.log = EventLog(t.run_dir/"events.jsonl")
+        t.log = EventLog(t.run_dir/"events.jsonl" if t.main else os.devnull)
+        logger.info(f"step {t.step} of {t.config.train.steps}: {sum(p.numel() for p in t.model.parameters()):,} parameters on {t.stepper.device} in {t.stepper.dtype}")
         try:
-            for cb in callbacks: cb.on_start(t)
+            t.tell("on_start")
             t.model.train()
             t.clock = time.perf_counter()
             yield
-        except BaseException:
+        except BaseException as e:
+            with suppress(Exception): t.writer.wait()
             with suppress(Exception): t.log.close()  # the first error is the one to tell
-            for cb in callbacks:
-                with suppress(Exception): cb.on_end(t)
+            with suppress(Exception): t.tell("on_end")
+            logger.info(f"step {t.step}: {type(e).__name__}: {e}")
             raise
-        t.log.close()
-        t.model.eval()
-        for cb in callbacks: cb.on_end(t)
+        t.close()
 
-# %% ../nbs/43_trainer.ipynb #diverged
-def diverged(
-    record: dict[str, Any],  # of the step: loss, grad_norm, lr
-    run_dir: Path,           # the run
-) -> Diverged:               # to be raised
-    "The error for a loss or a gradient that is no number, with what to do."
-    what = next(f"the {k} is {record[k]}" for k in ("loss", "grad_norm") if not math.isfinite(record[k]))
-    saved = [p.name for p in list_checkpoints(run_dir)]
-    advice = f"go on from {saved[-1]} with --resume optim.lr={record['lr']/3:.1g}" if saved else f"start again with optim.lr={record['lr']/3:.1g} --overwrite"
-    return Diverged(f"{what} at step {record['step']}: the learning rate is too high ({record['lr']:g}), or the warm-up too short; {advice}")
+# %% ../nbs/43_trainer.ipynb #spikes
+class Spikes:
+    "Tells a step that went wrong from the others: a loss or norm that is no number, or a norm far above the median of the last ones."
+    def __init__(
+        self,
+        factor: float,     # medians that are too much; 0: only what is no number
+        after: int = 50,   # norms to have seen before one can be too large
+    ) -> None:
+        self.factor, self.after, self.norms = factor, after, deque[float](maxlen=100)
+
+    def judge(
+        self,
+        loss: float,           # of a step, nats per token
+        norm: float,           # of its gradient, before clipping
+        overflows: bool = False,  # fp16: a norm of inf is the loss scaler's business
+    ) -> str:                  # what is wrong, "" = nothing
+        "Look at a step; remember its norm if it is in order."
+        if not math.isfinite(loss): return f"the loss is {loss}"
+        if not math.isfinite(norm): return "" if overflows else f"the norm of the gradient is {norm}"
+        usual = statistics.median(self.norms) if self.factor and len(self.norms) >= self.after else math.inf
+        if norm > self.factor*usual > 0: return f"the norm of the gradient is {norm:.3g}, {norm/usual:.0f} times the usual {usual:.3g}"
+        self.norms.append(norm)
+        return ""
+
+# %% ../nbs/43_trainer.ipynb #name-rows
+def name_rows(
+    batches: BatchSource,  # what training reads from
+    number: int,           # which of its batches
+) -> list[str]:            # one name a row; [] where the source cannot tell
+    "Where the rows of a batch come from: their documents, or their place in the text."
+    if not isinstance(batches, Batches): return []
+    whole = copy.copy(batches)
+    whole.rows = slice(None)  # of all processes
+    epoch, step = divmod(number, batches.steps_per_epoch)
+    at = whole.positions(epoch, step)
+    shards = getattr(batches.tokens, "tokens", batches.tokens)
+    if not isinstance(shards, TokenShards) or shards.documents is None: return [f"tokens {a:,} to {b:,} of the training text" for a, b in at[:, [0, -1]]]
+    return [", ".join(name_document(shards, d) for d in np.unique(row)) for row in shards.document_at(at)]
+
+def name_document(
+    shards: TokenShards,  # with a table of documents
+    index: int,           # row of it
+) -> str:                 # "record 7 of notes.jsonl"
+    "The record and the file that a document was."
+    if index < 0 or shards.documents is None: return "no document"
+    row = shards.documents[index]
+    return f"record {int(row['record']) + 1} of {shards.sources[int(row['source'])].get('path', 'an unnamed file')}"
+
+# %% ../nbs/43_trainer.ipynb #row-losses
+@torch.no_grad()
+def row_losses(
+    model: LanguageModel,  # its mode is left as it was
+    x: Tensor,             # (B, T)
+    y: Tensor,             # (B, T)
+) -> list[float]:          # mean loss of each row, nats per token
+    "Which rows of a batch does the model find strange?"
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    losses = model.loss(x.to(device), y.to(device), reduction="none").float().sum(1)/(y != IGNORE).sum(1).clamp(min=1).to(device)
+    model.train(was_training)
+    return [float(v) for v in losses]
+
+# %% ../nbs/43_trainer.ipynb #reach
+@torch.no_grad()
+def step_reach(
+    params: Iterable[Tensor],  # the weights
+    optimizer: str,            # its name: with sgd the norm of the gradient counts, all others move each weight by about the rate
+    lr: float,                 # learning rate
+    norm: float,               # of the gradient, after clipping
+) -> float:                    # 1: by as much as they are large
+    "How far one step can move the weights, as a share of their size."
+    squares, n = 0.0, 0
+    for p in params: squares, n = squares + float(p.float().square().sum()), n + p.numel()
+    return lr*(norm if optimizer == "sgd" else math.sqrt(n))/max(math.sqrt(squares), 1e-30)
+
+# %% ../nbs/43_trainer.ipynb #diagnose
+@dataclass(frozen=True)
+class Suspect:
+    "A cause that a divergence may have."
+    cause: str       # learning rate, precision, data or initialisation
+    evidence: str    # what was measured
+    score: float     # 1 and more: suspicious
+    cure: str        # what to try
+
+def diagnose(
+    norms: Sequence[float],       # of the gradient in the last steps before, oldest first
+    lr: float,                    # learning rate of the bad step
+    reach: float,                 # how far a step at that rate moves the weights, as a share of their size
+    first_loss: float,            # of the run, nats per token
+    uniform: float,               # loss of a uniform guess: ln V
+    fp32: float,                  # loss of the bad batch in fp32, with the last good weights
+    low: float,                   # the same in the training precision
+    usual: float,                 # loss of ordinary steps around it
+    worst: str = "",              # where the strangest row of the bad batch comes from
+) -> list[Suspect]:               # the likeliest first
+    "Which cause does the evidence speak for?"
+    recent, before = norms[-max(1, len(norms)//10):], norms[:max(1, len(norms)//2)]
+    growth = statistics.median(recent)/max(statistics.median(before), 1e-30) if norms else math.inf
+    odd = math.inf if not math.isfinite(fp32) else fp32/max(usual, 1e-30)
+    apart = 0.0 if low == fp32 else abs(low - fp32)/max(fp32, 1e-30) if math.isfinite(low) else math.inf
+    start = first_loss/uniform if math.isfinite(first_loss) else math.inf
+    suspects = [
+        Suspect("learning rate", f"a step at a rate of {lr:.2g} moves the weights by up to {reach:.2g} of their size, and the gradient's norm grew {growth:.2g}-fold", max(growth/2, reach), f"try optim.lr={lr/3:.1g}, or a longer optim.warmup"),
+        Suspect("data", f"with the last good weights this batch has a loss of {fp32:.3g}, ordinary ones {usual:.3g}", odd/2, f"look at {worst or 'the documents named in train.log'}"),
+        Suspect("precision", f"the same loss is {low:.4g} in the training precision and {fp32:.4g} in fp32", apart/0.05, "try train.precision=fp32"),
+        Suspect("initialisation", f"the first loss was {first_loss:.3g}, a uniform guess has {uniform:.3g}", start/1.5, "check how the weights are initialised")]
+    return sorted(suspects, key=lambda s: -s.score)
 
 # %% ../nbs/43_trainer.ipynb #trainer
 class Trainer:
@@ -346,90 +734,247 @@ class Trainer:
         config: Config,                    # `optim` and `train` are read here
         run_dir: str | Path,               # exists; see `prepare_run`
         tokenizer: Tokenizer,              # saved with each checkpoint
-        callbacks: Sequence[Callback] = (),  # called in this order
+        callbacks: Sequence[Callback] = (),  # called in this order, in process 0
         extra: dict[str, Any] | None = None,  # saved with the state, for the caller
+        group: Solo | None = None,         # the processes that train together; None: this one
     ) -> None:
-        self.stepper, self.model, self.config, self.tokenizer = Stepper(model, train_batches, config), model, config, tokenizer
-        self.run_dir, self.callbacks, self.extra, limit = Path(run_dir), callbacks, extra or {}, config.train.eval_tokens
+        self.stepper, self.model, self.config, self.tokenizer = Stepper(model, train_batches, config, group), model, config, tokenizer
+        self.group, self.writer, self.spikes, limit = self.stepper.group, BackgroundWriter(), Spikes(config.train.spike), config.train.eval_tokens
+        self.main, self.run_dir, self.extra = self.group.rank == 0, Path(run_dir), extra or {}
+        self.callbacks = callbacks if self.main else ()
         self.val_tokens = val_tokens[:limit + 1] if limit else val_tokens
         self.drain_every = 1 if self.stepper.device.type == "cpu" else 16  # elsewhere, reading a number waits for the device
         self.step, self.first, self.measured, self.elapsed, self.train_s, self.trained = 0, 1, 0, 0.0, 0.0, 0
-        self.best_val = self.last_val = math.nan
-        self.stopping, self.pending = False, list[tuple[int, Tensor, Tensor, float, int]]()
+        self.best_val = self.last_val = self.first_loss = self.loss = math.nan
+        self.stopping = self.finished = False
+        self.unsaved: Exception | None = None
+        self.incidents, self.pending = list[dict[str, Any]](), list[tuple[int, Tensor, Tensor, float, int, float]]()
+
+    def tell(
+        self,
+        event: str,  # a method of `Callback`
+        *what: Any,  # its arguments after the trainer
+    ) -> None:
+        "Tell the callbacks. One that cannot write because the disk is full does not stop training."
+        for cb in self.callbacks:
+            try: getattr(cb, event)(self, *what)
+            except OSError as e:
+                if e.errno not in FULL: raise
+                logger.warning(f"step {self.step}: {type(cb).__name__} could not write: {os.strerror(e.errno)}")
+
+    def note(
+        self,
+        record: dict[str, Any],  # a line for events.jsonl
+    ) -> None:
+        "Log an event. A full disk is said once a minute; what was not written waits."
+        try: self.log.write(record)
+        except OSError as e:
+            if e.errno not in FULL: raise
+            self.log.due = time.monotonic() + 60
+            logger.warning(f"step {self.step}: events.jsonl: {os.strerror(e.errno)}; training goes on, the lines are kept in memory")
+
+    def update(self) -> None:
+        "One step of training; its numbers are read later."
+        self.pending.append((self.step + 1, *self.stepper.update(self.step), self.stepper.waited))
+        self.step += 1
 
     def drain(self) -> None:
-        "Read the numbers of the steps since the last time, all at once, and log them. Diverged if one is no number."
+        "Read the numbers of the steps since the last time, all at once, and log them. Trouble if a step went wrong."
         todo, self.pending = self.pending, []
         if not todo: return
         numbers = torch.stack([t for _, loss, norm, *_ in todo for t in (loss, norm)]).tolist()  # the one wait for the device
         now = time.perf_counter()
         seconds, self.clock = (now - self.clock)/len(todo), now
-        for (step, _, _, lr, tokens), loss, norm in zip(todo, numbers[::2], numbers[1::2]):
+        for (step, _, _, lr, tokens, waited), loss, norm in zip(todo, numbers[::2], numbers[1::2]):
             if step > self.first: self.train_s, self.trained = self.train_s + seconds, self.trained + tokens
             record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": round(tokens/seconds, 1),
-                      "elapsed_s": round(self.elapsed + now - self.began, 3)}
-            self.log.write(record)
-            if not math.isfinite(loss) or not (math.isfinite(norm) or self.stepper.scaler.is_enabled()): raise diverged(record, self.run_dir)
-            for cb in self.callbacks: cb.on_step(self, record)
+                      "elapsed_s": round(self.elapsed + now - self.began, 3), "wait_s": round(waited, 6)}
+            self.note(record)
+            if why := self.spikes.judge(loss, norm, self.stepper.scaler.is_enabled()): raise Trouble(why, record)
+            self.first_loss, self.loss = loss if step == 1 else self.first_loss, loss
+            self.tell("on_step", record)
 
     def validate(self) -> bool:  # is it the best so far?
         "Measure the validation loss and log it."
         if len(self.val_tokens) < 2: return False
         context, rows = self.model.config.context, self.config.train.batch_size
-        with self.stepper.autocast(): loss = validation_loss(self.model, self.val_tokens, context, max(rows, 8192//context))
+        with self.stepper.averaged(), self.stepper.autocast(): loss = validation_loss(self.model, self.val_tokens, context, max(rows, 8192//context))
         best = not math.isnan(loss) and not loss >= self.best_val  # nan, before the first, is not smaller
         self.last_val, self.measured, self.best_val = loss, self.step, loss if best else self.best_val
         record = {"step": self.step, "val_loss": loss}
-        self.log.write(record)
-        for cb in self.callbacks: cb.on_eval(self, record)
+        self.note(record)
+        logger.info(f"step {self.step}: validation loss {loss:.4f}")
+        self.tell("on_eval", record)
         return best
 
     def save(
         self,
         best: bool = False,  # point `best` at it
-    ) -> Path:               # the checkpoint
-        "Save a checkpoint, point `last` (and `best`) at it, remove old ones."
-        self.log.flush()     # what the log says, the checkpoint knows
-        vals = {k: None if math.isnan(v) else v for k, v in (("best_val", self.best_val), ("last_val", self.last_val))}
-        state = {**self.stepper.state(), **vals, "elapsed": self.elapsed + time.perf_counter() - self.began, "extra": self.extra}
-        path = save_checkpoint(step_dir(self.run_dir, self.step), self.model, self.tokenizer, step=self.step, state=state, replace=True,
-                               metrics={"val_loss": self.last_val} if self.measured == self.step else {})
-        for name in ("last", "best") if best else ("last",): point(path.parent/name, path)
-        rotate(self.run_dir, self.config.train.keep)
-        for cb in self.callbacks: cb.on_checkpoint(self, path)
-        return path
+    ) -> None:
+        "Save a checkpoint, point `last` (and `best`) at it, remove old ones. If the disk is full: a warning, and the old ones stay."
+        path, keep = step_dir(self.run_dir, self.step), self.config.train
+        weights, state = self.stepper.state()  # every process takes part
+        if not self.main: return
+        what: dict[str, Any] = dict(step=self.step, metrics={"val_loss": self.last_val} if self.measured == self.step else {}, weights=weights,
+                                    state={**state, **self.state()}, config=to_dict(self.config))
+
+        def finish(path: Path) -> None:
+            for name in ("last", "best") if best else ("last",): point(path.parent/name, path)
+            rotate(self.run_dir, keep.keep, keep.keep_every)
+        try:
+            with suppress(OSError): self.log.flush()  # what the log says, the checkpoint knows
+            if keep.background:
+                shot = snapshot(self.model, self.tokenizer, **what)
+                self.writer.submit(lambda: finish(write_snapshot(path, shot, replace=True)))
+            else: finish(save_checkpoint(path, self.model, self.tokenizer, replace=True, **what))
+        except (CheckpointError, OSError) as e: self.not_saved(e); return
+        self.unsaved = None
+        logger.info(f"step {self.step}: checkpoint {path.name}{' (best)' if best else ''}")
+        self.tell("on_checkpoint", path)
+
+    def not_saved(
+        self,
+        error: Exception,  # why
+    ) -> None:
+        "Say loudly that a checkpoint is missing."
+        self.unsaved = error
+        saved = [p.name for p in list_checkpoints(self.run_dir)]
+        logger.warning(f"STEP {self.step}: NO CHECKPOINT WAS WRITTEN: {error}. Training goes on; the last one is {saved[-1] if saved else 'none'}")
+        self.note({"step": self.step, "event": "not saved", "why": str(error)})
+
+    def state(self) -> dict[str, Any]:  # plain values and tensors
+        "What the trainer remembers besides the stepper."
+        numbers = {k: None if math.isnan(v) else v for k in ("best_val", "last_val", "first_loss") for v in [getattr(self, k)]}
+        return {**numbers, "elapsed": self.elapsed + time.perf_counter() - self.began, "extra": self.extra, "norms": list(self.spikes.norms),
+                "incidents": self.incidents, "finished": self.finished, "callbacks": {type(cb).__name__: cb.state() for cb in self.callbacks}}
 
     def restore(
         self,
-        saved: Checkpoint,  # the trainer's model must hold its weights
+        saved: Checkpoint,  # of a model of the same shape
     ) -> int:               # the step to go on from
-        "Continue where a checkpoint was made: optimizer, random numbers, clock."
-        self.stepper.restore(saved.state)
-        self.step, self.elapsed = saved.step, saved.state["elapsed"]
-        self.best_val, self.last_val = (math.nan if saved.state[k] is None else saved.state[k] for k in ("best_val", "last_val"))
+        "Continue where a checkpoint was made: weights, optimizer, random numbers, clock, callbacks."
+        state = saved.state
+        self.stepper.restore(saved.model.state_dict(), state)
+        self.step, self.elapsed, self.incidents, self.finished = saved.step, state["elapsed"], list(state["incidents"]), state["finished"]
+        self.best_val, self.last_val, self.first_loss = (math.nan if state[k] is None else state[k] for k in ("best_val", "last_val", "first_loss"))
+        self.spikes.norms = deque(state["norms"], self.spikes.norms.maxlen)
+        for cb in self.callbacks: cb.restore(state["callbacks"].get(type(cb).__name__, {}))
         return self.step
+
+    def recover(
+        self,
+        trouble: Trouble,  # what happened at which step
+    ) -> None:
+        "Go back to the last good checkpoint and leave the bad batch out. Diverged, with a diagnosis, if that was done too often."
+        record, norms, usual, before, first_loss = trouble.record, list(self.spikes.norms), self.loss, self.incidents, self.first_loss
+        self.pending, number = [], batch_number(record["step"] - 1, self.stepper.skipped)
+        self.writer.wait()
+        self.group.barrier()
+        saved, _ = newest_checkpoint(self.run_dir, impl=self.config.model.impl)
+        if saved is None: raise Diverged(f"{trouble.why} at step {record['step']}, and there is no checkpoint to go back to: start again with optim.lr={record['lr']/3:.1g} --overwrite")
+        self.restore(saved)
+        self.first_loss, self.began = first_loss, time.perf_counter()
+        rows, suspects = self.examine(number, norms, record["lr"], usual)
+        incident = {"step": self.step, "event": "rollback", "from_step": record["step"], "why": trouble.why, "batch": number, "documents": rows}
+        self.incidents = [*before, incident]
+        logger.warning(f"step {record['step']}: {trouble.why}; back to step {self.step}, batch {number} is left out; its strangest part is {rows[0] if rows else 'unknown'}")
+        for s in suspects: logger.info(f"  {s.cause}: {s.evidence}")
+        if len(self.incidents) > self.config.train.recoveries: raise self.give_up(suspects)
+        self.stepper.skipped = sorted({*self.stepper.skipped, number})
+        self.save()  # so that whoever resumes knows it too
+        self.rewind(incident)
+
+    def rewind(
+        self,
+        incident: dict[str, Any],  # of a rollback
+    ) -> None:
+        "Forget the events after this step."
+        if self.main:
+            with suppress(OSError): self.log.close()
+            cut_events(self.run_dir, self.step)
+            self.log = EventLog(self.run_dir/"events.jsonl")
+        self.note(incident)
+        self.tell("on_rollback", incident)
+        self.clock = time.perf_counter()
+
+    def examine(
+        self,
+        number: int,             # of the bad batch
+        norms: Sequence[float],  # of the steps before
+        lr: float,               # of the bad step
+        usual: float,            # loss of the last good step
+    ) -> tuple[list[str], list[Suspect]]:  # where its rows come from, the strangest first; causes, the likeliest first
+        "Look at a bad batch with good weights."
+        n, source, names = self.config.train.accumulate, self.stepper.batches, list[tuple[float, str]]()
+        fp32, low = list[float](), list[float]()
+        for i in range(number*n, number*n + n):
+            x, y = source.at(i)
+            losses = row_losses(self.model, x, y)
+            with self.stepper.autocast(): low += row_losses(self.model, x, y)
+            fp32, names = fp32 + losses, names + list(zip(losses, name_rows(source, i)))
+        rows = list(dict.fromkeys(name for _, name in sorted(names, key=lambda r: -r[0] if math.isfinite(r[0]) else -math.inf)))
+        mean, lowmean = (sum(v)/len(v) for v in (fp32, low))
+        c, o = self.config.train, self.config.optim
+        norm = min(max(norms, default=1.0), c.grad_clip or math.inf)
+        reach = step_reach(self.stepper.params, o.name, lr, norm)
+        return rows, diagnose(norms, lr, reach, self.first_loss, math.log(self.model.config.vocab_size), mean, lowmean, usual, rows[0] if rows else "")
+
+    def give_up(
+        self,
+        suspects: Sequence[Suspect],  # the likeliest first
+    ) -> Diverged:                    # to be raised
+        "The error that names every suspect and its evidence."
+        last, words, first = self.incidents[-1], "; ".join(f"{s.cause}: {s.evidence}" for s in suspects), suspects[0]
+        verdict = f"Likeliest cause: {first.cause}; {first.cure}, with --resume." if first.score >= 1 else "No usual cause stands out: suspect the machine."
+        return Diverged(f"{last['why']} at step {last['from_step']}, after {len(self.incidents) - 1} returns to a checkpoint (train.recoveries). "
+                        f"{verdict} The evidence: {words}")
+
+    def due(
+        self,
+        every: int,  # steps; 0: never
+    ) -> bool:       # is it time?
+        "Every so many steps, and at the end."
+        return bool(every) and (self.step % every == 0 or self.step == self.config.train.steps)
+
+    def close(self) -> None:
+        "Training is over: everything on disk, every callback told."
+        try: self.writer.wait()
+        except (CheckpointError, OSError) as e: self.not_saved(e)
+        with suppress(OSError): self.log.close()
+        self.model.eval()
+        self.tell("on_end")
+        logger.info(f"step {self.step}: the end")
+        if self.unsaved: raise CheckpointError(f"trained to step {self.step}, but not saved: {self.unsaved}")
 
     def fit(
         self,
         start_step: int = 0,  # updates already made; `restore` returns it
     ) -> TrainResult:         # what it came to
-        "Train to `train.steps`. Interrupted after Ctrl-C, Diverged at a loss that is no number, CheckpointError if the disk is full."
+        "Train to `train.steps`. Interrupted after Ctrl-C, Diverged if it goes wrong again and again, CheckpointError if the end could not be saved."
         c, self.step, self.first = self.config.train, start_step, start_step + 1  # the first step, which may compile, is not timed
         with _session(self):
-            while self.step < c.steps:
-                loss, norm, lr, tokens = self.stepper.update(self.step)
-                self.step += 1
-                self.pending.append((self.step, loss, norm, lr, tokens))
-                to_eval, to_save = (self.step % every == 0 or self.step == c.steps for every in (c.eval_every, c.checkpoint_every))
-                to_sample = c.sample_every and self.step % c.sample_every == 0
-                if not (to_eval or to_save or to_sample or self.stopping or len(self.pending) >= self.drain_every): continue
-                self.drain()
-                best = to_eval and self.validate()
-                if best or to_save or self.stopping: self.save(best)
-                if to_eval or to_save: self.clock = time.perf_counter()  # what was not training does not count as such
-                if self.stopping and self.step < c.steps: raise Interrupted(self.run_dir, self.step)
+            if self.step == 0: self.save()  # from here on there is something to go back to
+            while self.step < c.steps and not self.finished:
+                try:
+                    self.update()
+                    look = self.step % self.drain_every == 0 or self.stopping and self.group.world == 1
+                    if not (look or any(map(self.due, (c.eval_every, c.checkpoint_every, c.sample_every)))): continue
+                    self.drain()
+                except Trouble as trouble: self.recover(trouble); continue
+                better = self.due(c.eval_every) and self.validate()
+                self.finished, stop = self.group.any(self.finished), self.group.any(self.stopping)
+                if better or stop or self.finished or self.due(c.checkpoint_every): self.save(better)
+                if better or self.due(c.eval_every) or self.due(c.checkpoint_every): self.clock = time.perf_counter()  # that was not training
+                if stop and self.step < c.steps and not self.finished: raise self.stopped()
         rate = self.trained/self.train_s if self.train_s else math.nan
         return TrainResult(self.best_val, self.last_val, self.step, rate, self.run_dir)
+
+    def stopped(self) -> FundamentaLLMError:  # to be raised
+        "Stopping was asked for: is it saved?"
+        try: self.writer.wait()
+        except (CheckpointError, OSError) as e: self.not_saved(e)
+        if self.unsaved: return CheckpointError(f"stopped at step {self.step}, but not saved: {self.unsaved}")
+        return Interrupted(self.run_dir, self.step)
 
 # %% ../nbs/43_trainer.ipynb #progress
 def duration(
@@ -441,19 +986,20 @@ def duration(
 
 # %% ../nbs/43_trainer.ipynb #bar
 class ProgressBar(Callback):
-    "A bar in a terminal; elsewhere a plain line every `train.log_every` steps: step, loss, tokens/s, time left."
+    "A bar in a terminal or a notebook; elsewhere a plain line every `train.log_every` steps: step, loss, tokens/s, time left."
     def __init__(
         self,
-        terminal: bool | None = None,  # draw a bar? None: if standard output is a terminal
+        how: str = "auto",  # "terminal" | "notebook" | "lines"; auto: by where the output goes
     ) -> None:
-        self.terminal = sys.stdout.isatty() if terminal is None else terminal
+        self.how = how if how != "auto" else "notebook" if in_notebook() else "terminal" if sys.stdout.isatty() else "lines"
         self.bar: Any = None
 
     def on_start(self, trainer: Trainer) -> None:
         "Note where it begins; draw the empty bar."
         self.first, self.began, self.steps = trainer.step + 1, trainer.elapsed, trainer.config.train.steps
         self.loss, self.rate, self.val, self.shown = math.nan, math.nan, "", 0.0
-        if self.terminal: self.bar = _rich_bar(self.steps, self.first)
+        if self.how == "terminal": self.bar = _rich_bar(self.steps, self.first - 1)
+        if self.how == "notebook": self.bar = _notebook_bar()
 
     def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
         "Smooth the numbers over some 20 steps; show them, but not so often that it costs anything."
@@ -464,7 +1010,8 @@ class ProgressBar(Callback):
         if not (step == self.steps or (now - self.shown > 0.2 if self.bar else step % trainer.config.train.log_every == 0)): return
         left = (record["elapsed_s"] - self.began)/max(1, step - self.first)*(self.steps - step)  # validation and saving included
         text, self.shown = f"loss {self.loss:.3f}{self.val}  {self.rate:,.0f} tokens/s  {duration(left)} left", now
-        if self.bar: self.bar.update(0, completed=step, text=text)
+        if self.how == "terminal": self.bar.update(0, completed=step, text=text)
+        elif self.how == "notebook": self.bar(step, self.steps, text)
         else: print(f"step {step:>{len(str(self.steps))}}/{self.steps}  {text}", flush=True)
 
     def on_eval(self, trainer: Trainer, record: dict[str, Any]) -> None:
@@ -473,9 +1020,14 @@ class ProgressBar(Callback):
 
     def on_end(self, trainer: Trainer) -> None:
         "Leave the bar as it is."
-        if self.bar: self.bar.stop()
+        if self.how == "terminal" and self.bar: self.bar.stop()
 
 # %% ../nbs/43_trainer.ipynb #richbar
+def in_notebook() -> bool:  # False in a terminal, also in IPython's
+    "Does a Jupyter kernel run this?"
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
 def _rich_bar(steps: int, done: int) -> Any:
     "A running bar of `rich` with one task, number 0."
     from rich.console import Console
@@ -485,6 +1037,13 @@ def _rich_bar(steps: int, done: int) -> Any:
     bar.add_task("", total=steps, completed=done, text="")
     bar.start()
     return bar
+
+def _notebook_bar() -> Callable[[int, int, str], None]:
+    "A bar of HTML under the cell: a function that moves it."
+    from IPython import display
+    HTML: Any = display.HTML
+    handle = display.display(HTML(""), display_id=True)  # type: ignore[no-untyped-call]
+    return lambda step, steps, text: handle.update(HTML(f'<progress value="{step}" max="{steps}"></progress> step {step}/{steps} &nbsp; {text}'))
 
 # %% ../nbs/43_trainer.ipynb #tensorboard
 class TensorBoard(Callback):
@@ -510,6 +1069,11 @@ class TensorBoard(Callback):
     def on_eval(self, trainer: Trainer, record: dict[str, Any]) -> None:
         "Add a point to the validation curve."
         if self.writer: self.writer.add_scalar("val/loss", record["val_loss"], record["step"])
+
+    def on_rollback(self, trainer: Trainer, incident: dict[str, Any]) -> None:
+        "Begin a new file that takes back the steps after the checkpoint."
+        self.on_end(trainer)
+        self.on_start(trainer)
 
     def on_end(self, trainer: Trainer) -> None:
         "Close the file."
@@ -546,13 +1110,35 @@ class Samples(Callback):
 
     def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
         "Write one if it is time."
-        every, step, t = trainer.config.train.sample_every, trainer.step, trainer
-        if record["step"] != step or not every or (step % every and step != t.config.train.steps): return
+        step, t, c = trainer.step, trainer, trainer.config.train
+        if record["step"] != step or not t.due(c.sample_every) or not t.group.whole: return
         t.model.eval()
-        with t.stepper.autocast(): ids = continue_ids(t.model, self.prompt, self.n, torch.Generator().manual_seed(t.config.train.seed))
+        with t.stepper.averaged(), t.stepper.autocast(): ids = continue_ids(t.model, self.prompt, self.n, torch.Generator().manual_seed(c.seed))
         t.model.train()
         with atomic_file(t.run_dir/"samples"/f"step-{step:06d}.txt") as f: f.write(t.tokenizer.decode(ids) + "\n")
         t.clock = time.perf_counter()
+
+# %% ../nbs/43_trainer.ipynb #early
+class EarlyStopping(Callback):
+    "Ends training when the validation loss has not improved for a while. Its patience survives a resume."
+    def __init__(
+        self,
+        patience: int,  # validations without a better loss before it is over
+    ) -> None:
+        self.patience, self.since = patience, 0
+
+    def on_eval(self, trainer: Trainer, record: dict[str, Any]) -> None:
+        "Count the validations since the best one."
+        self.since = 0 if record["val_loss"] <= trainer.best_val else self.since + 1
+        trainer.finished = self.since >= self.patience
+
+    def state(self) -> dict[str, Any]:
+        "How long it has been waiting."
+        return {"since": self.since}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        "Go on waiting."
+        self.since = state.get("since", 0)
 
 # %% ../nbs/43_trainer.ipynb #entropies
 def count_losses(
@@ -614,7 +1200,7 @@ class LossCurve(Callback):
             with atomic_file(trainer.run_dir/"loss_curve.png", "wb") as f: figure.savefig(f, format="png", dpi=120)
 
 # %% ../nbs/43_trainer.ipynb #prepare
-OURS = ("config.yaml", "events.jsonl", "loss_curve.png", "checkpoints", "samples", "tensorboard")
+OURS = ("config.yaml", "events.jsonl", "loss_curve.png", "train.log", "train.log.1", "train.log.2", "train.log.3", "checkpoints", "samples", "tensorboard")
 
 def is_run(
     dir: str | Path,  # any path
@@ -630,7 +1216,7 @@ def check_free(
     "CheckpointError if there is something that must not be removed."
     if run.exists() and not run.is_dir(): raise CheckpointError(f"{run} is a file: name another run directory with -o")
     if is_run(run) and not overwrite: raise CheckpointError(f"{run} holds a run already: go on with --resume, replace it with --overwrite, or choose another with -o")
-    if run.is_dir() and any(run.iterdir()) and not is_run(run):
+    if run.is_dir() and not is_run(run) and any(p.name != LOCK for p in run.iterdir()):
         raise CheckpointError(f"{run} is not empty, and not a run directory: nothing in it was touched; choose another with -o")
 
 # %% ../nbs/43_trainer.ipynb #preparerun
@@ -703,13 +1289,12 @@ def load_corpus(
 def load_resume(
     config: Config,    # what to go on with
     run: Path,         # a run directory
-    device: torch.device,  # where the model goes
-) -> Checkpoint:       # the newest checkpoint
-    "The newest checkpoint of a run; CheckpointError or ConfigError if it cannot be gone on from."
-    if not is_run(run): raise CheckpointError(f"{run} is not a run directory: there is nothing to resume; train without --resume")
-    saved = list_checkpoints(run)
-    if not saved: raise CheckpointError(f"{run} holds no checkpoint yet: begin again with --overwrite")
-    found = load_checkpoint(saved[-1], device, config.model.impl)
+) -> Checkpoint | None:  # the newest one that is whole, on the CPU; None: the run had not saved any
+    "Where a run can go on. A broken checkpoint is named and the one before it taken. CheckpointError or ConfigError if there is no way on."
+    found, broken = newest_checkpoint(run, impl=config.model.impl)
+    for e in broken: logger.warning(f"{e}; trying the one before it")
+    if broken and not found: raise CheckpointError(f"{run}: none of its checkpoints is whole ({broken[0]}): begin again with --overwrite")
+    if not found: return None
     ours, asked = found.model.config.model_dump(), config.model.model_dump()
     changed = [k for k in ours if ours[k] != asked[k] and not (k == "vocab_size" and not asked[k])]
     if changed: raise ConfigError(f"model.{changed[0]}={asked[changed[0]]} but the run has {ours[changed[0]]}: a resumed run keeps its model; leave it out")
@@ -729,14 +1314,16 @@ def check_text(
 # %% ../nbs/43_trainer.ipynb #train
 def standard_callbacks(
     corpus: Corpus,         # what is learned
+    config: Config,         # `train` is read here
     progress: bool = True,  # show a bar or lines?
 ) -> list[Callback]:        # in the order in which they are called
-    "What every run gets: progress, TensorBoard, samples, the loss curve."
+    "What every run gets: progress, TensorBoard, samples, the loss curve; and what it asks for: early stopping."
     few, held = corpus.train[:10_000_000], corpus.val[:10_000_000]  # enough to count pairs of tokens
     levels = dict(zip(("single tokens", "pairs of tokens"), count_losses(few, held, corpus.tokenizer.vocab_size))) if len(held) > 1 else {}
     newline = corpus.tokenizer.encode("\n", errors="unk")  # nothing, where a tokenizer drops white space
     first = newline[0] if newline and newline[0] != corpus.tokenizer.unk_id else int(corpus.train[0])
-    return [ProgressBar()]*progress + [TensorBoard(), Samples([first]), LossCurve(levels)]
+    early = [EarlyStopping(config.train.patience)] if config.train.patience else []
+    return [ProgressBar()]*progress + [TensorBoard(), Samples([first]), LossCurve(levels), *early]
 
 # %% ../nbs/43_trainer.ipynb #traincall
 def train(
@@ -746,22 +1333,39 @@ def train(
     resume: bool = False,     # go on with the run that is there
     overwrite: bool = False,  # replace the run that is there
     callbacks: Sequence[Callback] = (),  # called after the standard ones
-    progress: bool = True,    # show a bar (in a terminal) or lines
+    progress: bool = True,    # show a bar (in a terminal or a notebook) or lines
+    group: Solo | None = None,  # the processes that train together; None: this one
 ) -> TrainResult:             # losses, speed, place
     "From a text file to a run directory. Everything is checked before anything on disk is touched."
-    run, device = Path(run_dir), choose_device(config.train.device)
+    run, group = Path(run_dir), group or Solo()
+    device = group.device(config.train.device)
     use_triton("model.impl", config.model.impl, {"model": torch.empty(0, device=device)})  # raises if the kernels asked for cannot run there
+    if resume and not is_run(run): raise CheckpointError(f"{run} is not a run directory: there is nothing to resume; train without --resume")
     if not resume: check_free(run, overwrite)  # before the time it takes to read a long text
-    saved = load_resume(config, run, device) if resume else None
-    corpus = load_corpus(config, saved.tokenizer if saved else None)
-    if saved: check_text(corpus, saved, config.data.path)
-    config = replace(config, {"model.vocab_size": corpus.tokenizer.vocab_size})
-    batches = Batches(corpus.train, config.model.context, config.train.batch_size, config.train.seed)
-    seed_everything(config.train.seed)
-    model = saved.model if saved else LanguageModel(config.model).to(device)
+    locked = run_lock(run) if group.rank == 0 else nullcontext()
+    with locked if resume else nullcontext():  # a new run makes its directory only when nothing else can be wrong
+        saved = load_resume(config, run) if resume else None
+        corpus = load_corpus(config, saved.tokenizer if saved else None)
+        if saved: check_text(corpus, saved, config.data.path)
+        config = replace(config, {"model.vocab_size": corpus.tokenizer.vocab_size})
+        batches = Batches(corpus.train, config.model.context, config.train.batch_size, config.train.seed, group.rank, group.world)
+        seed_everything(config.train.seed)
+        model = LanguageModel(config.model).to(device)
+        with nullcontext() if resume else locked:
+            begin_run(config, run, group, saved, overwrite or resume)
+            trainer = Trainer(model, batches, corpus.val, config, run, corpus.tokenizer,
+                              [*(standard_callbacks(corpus, config, progress) if group.rank == 0 else ()), *callbacks], {"text_sha256": corpus.sha256}, group)
+            return trainer.fit(trainer.restore(saved) if saved else 0)
+
+def begin_run(
+    config: Config,           # complete
+    run: Path,                # its directory
+    group: Solo,              # process 0 writes
+    saved: Checkpoint | None, # where to go on; None: at the beginning
+    overwrite: bool,          # may a run that is there be removed?
+) -> None:
+    "Bring the run directory into the state that training starts from."
     with _disk_errors(run):
-        if saved: cut_events(run, saved.step); save_config(config, run/"config.yaml")
-        else: prepare_run(config, run, overwrite)
-    trainer = Trainer(model, batches, corpus.val, config, run, corpus.tokenizer, [*standard_callbacks(corpus, progress), *callbacks],
-                      extra={"text_sha256": corpus.sha256})
-    return trainer.fit(trainer.restore(saved) if saved else 0)
+        if group.rank == 0 and saved: cut_events(run, saved.step); save_config(config, run/"config.yaml")
+        if group.rank == 0 and not saved: prepare_run(config, run, overwrite)
+    group.barrier()

@@ -59,12 +59,12 @@ def test_import_is_light() -> None:
     assert set(eval(done.stdout)) <= {"fundamentallm", "__future__"}
 
 
-@pytest.mark.parametrize("words", [[], ["train"], ["generate"], ["evaluate"], ["data"], ["data", "list"], ["data", "fetch"], ["doctor"], ["bench"]])
+@pytest.mark.parametrize("words", [[], ["train"], ["generate"], ["evaluate"], ["data"], ["data", "list"], ["data", "fetch"], ["doctor"], ["bench"], ["config"], ["config", "show"]])
 def test_help(words: list[str]) -> None:
     "Each command explains itself on stdout."
     done = fundamentallm(*words, "--help")
     assert done.returncode == 0 and not done.stderr and done.stdout.startswith("Usage: fundamentallm")
-    assert words in ([], ["data"], ["bench"]) or "Example" in done.stdout
+    assert words in ([], ["data"], ["bench"], ["config"]) or "Example" in done.stdout
 
 
 # ---- train ----------------------------------------------------------------------------------------------------------
@@ -99,25 +99,57 @@ def test_transformers_opens_it(run_dir: Path) -> None:
     assert (ours - theirs).abs().max() < 1e-5
 
 
-def test_ctrl_c_then_resume(corpus: Path, tmp_path: Path) -> None:
-    "SIGINT in the middle: a checkpoint, exit code 130, one line with the command that goes on; and it does, to the end."
-    steps = 800
-    words = ["train", str(corpus), "--preset", "tiny", "-o", "my run", f"train.steps={steps}", "train.eval_every=400"]
-    process = subprocess.Popen([*COMMAND, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop_then_resume(number: signal.Signals, corpus: Path, tmp_path: Path) -> None:
+    "SIGINT or SIGTERM in the middle: a checkpoint, exit code 0, one line with the command that goes on; and it does, to the end. Meanwhile nobody else may write there."
+    steps = 500
+    words = ["train", str(corpus), "--preset", "tiny", "-o", "my run", f"train.steps={steps}", "train.eval_every=250"]
+    process = subprocess.Popen([*COMMAND, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))      # where tests run in the background, Ctrl-C is ignored
     events = tmp_path / "my run" / "events.jsonl"
     deadline = time.time() + 60
     while not (events.exists() and events.read_text().count("\n") > 20) and time.time() < deadline and process.poll() is None: time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    line = err.strip().splitlines()[-1]
-    assert line.startswith("Error: stopped at step") and "Traceback" not in out + err
+    assert process.returncode == 0 and not err, err
+    line = out.strip().splitlines()[-1]
+    assert line.startswith("stopped at step") and "Traceback" not in out + err
     again = shlex.split(line[line.index("fundamentallm train"):])
     assert "--resume" in again
     done = fundamentallm(*again[1:], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     seen = [r["step"] for r in map(json.loads, events.read_text().splitlines()) if "loss" in r]
     assert seen == sorted(set(seen)) and len(seen) == steps     # every step once, none lost, none done twice
+
+
+def test_two_trainers(run_dir: Path, tmp_path: Path, cwd: Path) -> None:
+    "While one process trains in a run, another is refused, and nothing in the run changes."
+    import fcntl
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run, symlinks=True)
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    with open(run / ".lock", "a") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        for how in ("--resume", "--overwrite"): assert_one_line_error(fundamentallm("train", "book.txt", "--preset", "tiny", "-o", run, how, cwd=cwd) if how == "--overwrite"
+                                                                      else fundamentallm("train", "book.txt", "-o", run, how, "train.steps=120", cwd=cwd), "another process", "run")
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+
+
+def test_dial_and_environment(corpus: Path, tmp_path: Path) -> None:
+    "--params sets the shape; .env says where runs go; both are told apart from the settings of the run."
+    (tmp_path / "book.txt").write_bytes(corpus.read_bytes())
+    (tmp_path / ".env").write_text("FUNDAMENTALLM_RUNS=elsewhere\nWANDB_API_KEY=secret-key\n")
+    done = fundamentallm("train", "book.txt", "--params", "200k", "train.steps=2", "train.batch_size=2", "train.accumulate=1", "model.context=32", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    saved = (tmp_path / "elsewhere" / "book" / "config.yaml").read_text()
+    assert "secret-key" not in saved and "secret-key" not in done.stdout
+    shown = fundamentallm("config", "show", tmp_path / "elsewhere" / "book")
+    assert shown.stdout == saved
+    log = (tmp_path / "elsewhere" / "book" / "train.log").read_text()
+    count = int(re.search(r"([\d,]+) parameters", log)[1].replace(",", ""))  # type: ignore[index]
+    assert abs(count / 200_000 - 1) < 0.1, count
+    (tmp_path / ".env").write_text("FUNDAMENTALLM_LR=3\n")
+    assert_one_line_error(fundamentallm("train", "book.txt", "--preset", "tiny", cwd=tmp_path), "FUNDAMENTALLM_LR")
 
 
 def test_resume_without_the_text(run_dir: Path, tmp_path: Path, cwd: Path) -> None:
@@ -147,6 +179,9 @@ BAD_TRAINING = {  # name: (words after `train`, what the line must say)
     "out of range": (["book.txt", "train.steps=-5"], ["train.steps", "-5"]),
     "not a number": (["book.txt", "model.dim=wide"], ["model.dim", "wide"]),
     "heads do not divide": (["book.txt", "model.dim=30", "model.n_heads=4"], ["30", "4"]),
+    "a dial that fits nothing": (["book.txt", "--params", "lots"], ["lots", "10M"]),
+    "a sweep without values": (["book.txt", "--sweep", "optim.lr"], ["optim.lr", "KEY=VALUE"]),
+    "a sweep of nothing": (["book.txt", "--sweep", "optim.rate=1,2"], ["optim.rate"]),
     "unknown preset": (["book.txt", "--preset", "smal"], ["smal", "small"]),
     "no such device": (["book.txt", "train.device=tpu"], ["tpu", "cpu"]),
 }
@@ -276,14 +311,25 @@ def assert_nothing_half_written(run: Path) -> None:
     assert not [p for p in run.rglob("*") if "tmp" in p.name], list(run.rglob("*"))
 
 
-@pytest.mark.parametrize("after", [0, 12])
+@pytest.mark.parametrize("after", [0, 40])
 def test_no_space_at_fsync(after: int, corpus: Path, tmp_path: Path) -> None:
-    "The disk is full when files are made durable: at once, and in the middle."
+    "The disk is full when files are made durable: at once, which is an error; or from some checkpoint on: training goes on to its end, and that it is not saved is an error."
     (tmp_path / "sitecustomize.py").write_text(FULL)
     done = fundamentallm("train", corpus, "--preset", "tiny", "-o", tmp_path / "run", "train.checkpoint_every=10",
                          env={"PYTHONPATH": str(tmp_path), "FULL_AFTER": str(after)})
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert re.search(r"^Error: .*[Nn]o space left.*", done.stderr, re.M) and "free" in done.stderr, done.stderr
+    assert_nothing_half_written(tmp_path / "run")
+    if after: assert "trained to step 100, but not saved" in done.stderr and "NO CHECKPOINT WAS WRITTEN" in done.stderr, done.stderr
+
+
+def test_space_comes_back(corpus: Path, tmp_path: Path, run_dir: Path) -> None:
+    "The disk is full for a while: a loud warning, training goes on, and the end is the bits of a run that never noticed."
+    (tmp_path / "sitecustomize.py").write_text(FULL.replace("if calls[0] >", "if 60 > calls[0] >"))
+    done = fundamentallm("train", corpus, "--preset", "tiny", "-o", tmp_path / "run", env={"PYTHONPATH": str(tmp_path), "FULL_AFTER": "20"})
+    assert done.returncode == 0 and "NO CHECKPOINT WAS WRITTEN" in done.stderr, done.stderr
+    ours, theirs = ((r / "checkpoints" / "last" / "model.safetensors").read_bytes() for r in (tmp_path / "run", run_dir))
+    assert ours == theirs
     assert_nothing_half_written(tmp_path / "run")
 
 
