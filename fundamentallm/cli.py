@@ -365,7 +365,7 @@ def run_sweep(
         say(f"{i} of {len(todo)}: {' '.join(overrides)}", bold=True)
         result = train_run(data, place, config, resume and (place / "config.yaml").exists(), overwrite)
         if result is None: return
-        rows.append({**dict(o.split("=", 1) for o in overrides), "best_val": result.best_val, "last_val": result.last_val, "tokens_per_s": round(result.tokens_per_s), "run": str(place)})
+        rows.append({**dict(o.split("=", 1) for o in overrides), "best_val": result.best_val, "last_val": result.last_val, "tokens_per_s": round(result.tokens_per_s) if result.tokens_per_s == result.tokens_per_s else None, "run": str(place)})
     rows.sort(key=lambda row: (row["best_val"] != row["best_val"], row["best_val"]))
     with atomic_file(run / "sweep.json") as f: json.dump(rows, f, indent=1)
     keys = [k for k in rows[0] if k not in ("tokens_per_s", "run")]
@@ -416,9 +416,11 @@ def train(
         raise click.UsageError("name a text to train on: `fundamentallm train book.txt` or `fundamentallm train tiny-shakespeare`")
     run, text = out or read_environment().runs / Path(data or "").stem, find_text(data) if data else None
 
-    def configure(place: Path, more: Sequence[str]) -> Config: return run_config(text, place, [*overrides, *more], preset, resume and place.exists(), depth, params)
-    if sweep: return run_sweep(data, run, sweep, configure, resume, overwrite)
-    config = configure(run, ())
+    def of_sweep(place: Path, more: Sequence[str]) -> Config:
+        if resume and (place / "config.yaml").exists(): return run_config(text, place, [*overrides, *more], None, True)   # the same command again, with --resume
+        return run_config(text, place, [*overrides, *more], preset, False, depth, params)
+    if sweep: return run_sweep(data, run, sweep, of_sweep, resume, overwrite)
+    config = run_config(text, run, overrides, preset, resume, depth, params)
     result = train_run(data, run, config, resume, overwrite, [Tracker(track, config)] if track else [])
     if result: farewell(result, config)
 

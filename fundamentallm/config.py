@@ -26,9 +26,9 @@ from .model import ModelConfig, count_params
 # %% auto #0
 __all__ = ['ALIASES', 'SECTIONS', 'GROUPS', 'nearest_key', 'Settings', 'DataConfig', 'OptimConfig', 'TrainConfig', 'Config',
            'setting_keys', 'unknown_key', 'settings_table', 'config_dir', 'choices', 'presets', 'parse_override',
-           'check_override', 'load_config', 'full_key', 'explain_setting', 'to_dict', 'replace', 'expand_sweep',
-           'save_config', 'read_config', 'Environment', 'read_environment', 'publish_environment', 'parse_amount',
-           'shape_like', 'fit_shape', 'dial', 'load_dialed']
+           'check_override', 'load_config', 'full_key', 'explain_setting', 'to_dict', 'replace', 'override_config',
+           'expand_sweep', 'save_config', 'read_config', 'Environment', 'read_environment', 'publish_environment',
+           'parse_amount', 'shape_like', 'fit_shape', 'dial', 'load_dialed']
 
 # %% ../nbs/40_config.ipynb #nearest
 ALIASES = {
@@ -42,6 +42,7 @@ ALIASES = {
     'gradient_checkpointing': 'train.recompute', 'early_stopping_patience': 'train.patience',
 }
 
+# %% ../nbs/40_config.ipynb #nearestfn
 def _likeness(a: str, b: str) -> float:
     "Share of the letters that two words have in common, in order: 0 to 1."
     return SequenceMatcher(None, a, b).ratio()
@@ -266,6 +267,7 @@ def parse_override(
     except HydraException:
         raise ConfigError(f'{key}: cannot read the value {value!r}; put it in quotes: {key}=\'"..."\'') from None
 
+# %% ../nbs/40_config.ipynb #checkover
 def check_override(
     text: str,     # "model.dim=128", or a group's file: "model=gpt2"
 ) -> str:          # the same in Hydra's grammar
@@ -349,6 +351,25 @@ def replace(
         plain[section][field] = value
     return Config.model_validate(plain)
 
+# %% ../nbs/40_config.ipynb #over
+def override_config(
+    config: Config,              # stays as it is
+    overrides: Sequence[str],    # "train.steps=4000", "train.log_every=${train.keep}": settings, no groups
+) -> Config:                     # a copy with the overrides, checked again
+    "Overrides on top of a configuration that is there. Raises ConfigError as `load_config` does."
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    plain = {s: {k: v for k, v in fields.items() if '${' not in str(v)} for s, fields in to_dict(config).items()}   # a file may be named so
+    tree, keys = OmegaConf.create(plain), [text.partition('=')[0] for text in overrides]
+    for key, text in zip(keys, overrides):
+        check_override(text)
+        if key in GROUPS: raise ConfigError(f'{text}: a whole group cannot be exchanged here; override single settings, such as train.steps=4000')
+        OmegaConf.update(tree, key, parse_override(key, text.partition('=')[2]).value(), merge=False)
+    try:
+        with _hydra(): values = {key: OmegaConf.select(tree, key) for key in keys}
+    except OmegaConfBaseException as e: raise ConfigError(' '.join(str(e).split())) from None
+    return replace(config, {k: list(v) if OmegaConf.is_list(v) else v for k, v in values.items()})
+
 # %% ../nbs/40_config.ipynb #sweep
 def _sweep_values(
     spec: str,                 # "optim.lr=1e-3,3e-4"
@@ -366,6 +387,7 @@ def _sweep_values(
         if value in values[:i]: raise ConfigError(f'{spec}: {value} stands there twice')
     return key, values
 
+# %% ../nbs/40_config.ipynb #expand
 def expand_sweep(
     specs: Sequence[str],   # "optim.lr=1e-3,3e-4", "seed=0,1": an axis each; a name may be the end of one setting's
 ) -> list[list[str]]:       # for every combination the overrides of `load_config`; the last axis varies fastest
@@ -507,4 +529,4 @@ def load_dialed(
     wish, named = load_config(preset, overrides), {text.partition('=')[0] for text in overrides}
     context = {'context': wish.model.context} if 'model.context' in named else {}
     turned = dial(depth, params, vocab_size=vocab_size, tokens_per_param=tokens_per_param, like=wish.model, **context)
-    return load_config(preset, [*(t for t in turned if t != 'optim=adamw_width' or 'optim' not in named), *overrides])
+    return load_config(preset, [*turned, *overrides])

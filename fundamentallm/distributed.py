@@ -352,7 +352,6 @@ def _welcome(w: Worker, link: Link, m: Message) -> None:
         known = next((to for to in w.links if to is not w.up and to.node == dead), None)
         if known: _lose(w, known)
         elif dead not in w.hosted: _host(w, dead)
-        w.expected.pop(dead, None)
 
 # %% ../nbs/44_distributed.ipynb #hear
 def _hear(w: Worker, link: Link, m: Message) -> None:
@@ -391,7 +390,9 @@ def _judge(w: Worker) -> None:
     for link in list(w.links):
         if link in w.links and (link.closed or now - link.heard > patience): _lose(w, link)
     for child, until in list(w.expected.items()):
-        if now > until: del w.expected[child]; _host(w, child)
+        if now > until:
+            del w.expected[child]
+            if child not in w.hosted: _host(w, child)
     if now - w.pinged < patience/4: return
     w.pinged = now
     for link in w.links:
@@ -751,15 +752,20 @@ class FSDPGroup(DDPGroup):
         try: yield
         finally: self.model.set_requires_gradient_sync(True)
 
-    def state(self, model: LanguageModel, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def state(
+        self,
+        model: LanguageModel,              # its weights ...
+        optimizer: torch.optim.Optimizer,  # ... and what this remembers of them
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # whole tensors by name, in process 0; nothing in the others
         "Put together tensor by tensor, so that no process but the first ever holds more than one whole tensor beside its slices."
-        return self._whole(model.state_dict()), self._whole(flatten_state(optimizer, model))
+        weights = self._whole({n: t for n, t in model.state_dict().items() if n != "head.weight" or not model.config.tie})
+        if weights and model.config.tie: weights["head.weight"] = weights["embed.weight"]
+        return weights, self._whole(flatten_state(optimizer, model))
 
     def _whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        found, seen = dict[str, Tensor](), dict[int, str]()
+        found = dict[str, Tensor]()
         for name, t in tensors.items():
-            if (twin := seen.setdefault(id(t), name)) != name and twin in found: found[name] = found[twin]; continue
-            full = t.full_tensor() if isinstance(t, DTensor) else t
+            full = t.full_tensor() if isinstance(t, DTensor) else t  # every process takes part
             if self.rank == 0: found[name] = full.detach().cpu()
         return found
 

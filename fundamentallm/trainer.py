@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import (
-    BackgroundWriter, Checkpoint, flatten_state, list_checkpoints, newest_checkpoint, point, restore_state, rotate, save_checkpoint, snapshot,
+    BackgroundWriter, Checkpoint, adopt, flatten_state, list_checkpoints, newest_checkpoint, point, restore_state, rotate, save_checkpoint, snapshot,
     step_dir, write_snapshot)
 from .config import Config, replace, save_config, to_dict
 from .core import (
@@ -49,14 +49,14 @@ from .tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 logger = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'LossFn', 'M_TRIM_THRESHOLD', 'M_MMAP_MAX', 'FULL', 'LOCK', 'OURS', 'validation_loss', 'BatchSource',
-           'Prefetch', 'summed_loss', 'Solo', 'random_state', 'set_random_state', 'step_seed', 'batch_number',
-           'out_of_memory', 'Stepper', 'EventLog', 'read_events', 'cut_events', 'Callback', 'Diverged', 'Trouble',
-           'Interrupted', 'TrainResult', 'keep_memory', 'run_lock', 'log_files', 'Spikes', 'name_rows', 'name_document',
-           'row_losses', 'step_reach', 'Suspect', 'diagnose', 'Trainer', 'duration', 'ProgressBar', 'in_notebook',
-           'TensorBoard', 'continue_ids', 'Samples', 'EarlyStopping', 'count_losses', 'plot_losses', 'LossCurve',
-           'is_run', 'check_free', 'prepare_run', 'Corpus', 'text_corpus', 'prepared_corpus', 'load_corpus',
-           'load_resume', 'check_text', 'standard_callbacks', 'train', 'begin_run']
+__all__ = ['logger', 'LossFn', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'M_MMAP_MAX', 'FULL', 'LOCK', 'OURS', 'validation_loss',
+           'BatchSource', 'Prefetch', 'summed_loss', 'Solo', 'random_state', 'set_random_state', 'step_seed',
+           'batch_number', 'out_of_memory', 'Stepper', 'EventLog', 'read_events', 'cut_events', 'Callback', 'Diverged',
+           'Trouble', 'Interrupted', 'TrainResult', 'keep_memory', 'run_lock', 'log_files', 'Spikes', 'name_rows',
+           'name_document', 'row_losses', 'step_reach', 'Suspect', 'diagnose', 'Trainer', 'duration', 'ProgressBar',
+           'in_notebook', 'TensorBoard', 'continue_ids', 'Samples', 'EarlyStopping', 'count_losses', 'plot_losses',
+           'LossCurve', 'is_run', 'check_free', 'prepare_run', 'Corpus', 'text_corpus', 'prepared_corpus',
+           'load_corpus', 'load_resume', 'check_text', 'standard_callbacks', 'train', 'begin_run']
 
 # %% ../nbs/43_trainer.ipynb #validation
 @torch.no_grad()
@@ -314,7 +314,7 @@ class Stepper:
         self.scaler.unscale_(self.optimizer)
         norm = self.group.clip(self.params, c.grad_clip)
         lr = lr_at(step, steps=c.steps, lr=o.lr, min_lr=o.min_lr, warmup=o.warmup, schedule=o.schedule, decay=o.decay)
-        for group in self.optimizer.param_groups: group["lr"] = lr*group.get("lr_scale", 1.0)
+        for group in self.optimizer.param_groups: group["lr"] = lr
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)  # gradients are made anew: cheaper than filling them with zeros
@@ -525,19 +525,20 @@ def _threads(n: int | None) -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 # %% ../nbs/43_trainer.ipynb #keep-memory
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 
 @contextmanager
 def keep_memory() -> Iterator[None]:
-    "Keep the memory of freed tensors for the next ones. By default glibc returns large blocks to the system, which clears each page before it lends it again."
+    "Keep the memory of freed tensors for the next ones. By default glibc returns large blocks to the system, which clears each page before it lends it again. For allocations of the main thread."
     try: libc = ctypes.CDLL(None); mallopt, trim = libc.mallopt, libc.malloc_trim
     except (AttributeError, OSError, TypeError): yield; return  # another C library: nothing to set
     mallopt(M_MMAP_MAX, 0)          # large blocks come from the heap, as small ones do ...
     mallopt(M_TRIM_THRESHOLD, -1)   # ... whose free end is kept
     try: yield
     finally:
-        mallopt(M_MMAP_MAX, 65536)  # glibc's defaults
-        mallopt(M_TRIM_THRESHOLD, 128*1024)
+        mallopt(M_MMAP_MAX, 65536)  # where glibc's own, moving thresholds end up after large tensors
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TRIM_THRESHOLD, 64 << 20)
         trim(0)
 
 # %% ../nbs/43_trainer.ipynb #diskerrors
@@ -1023,10 +1024,10 @@ class ProgressBar(Callback):
         if self.how == "terminal" and self.bar: self.bar.stop()
 
 # %% ../nbs/43_trainer.ipynb #richbar
-def in_notebook() -> bool:  # False in a terminal, also in IPython's
-    "Does a Jupyter kernel run this?"
+def in_notebook() -> bool:  # False in a terminal, also in IPython's, and where the output goes elsewhere
+    "Does a Jupyter kernel run this, and show what is printed under the cell?"
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return type(shell).__name__ == "ZMQInteractiveShell"
+    return type(shell).__name__ == "ZMQInteractiveShell" and type(sys.stdout).__name__ == "OutStream"
 
 def _rich_bar(steps: int, done: int) -> Any:
     "A running bar of `rich` with one task, number 0."
@@ -1344,6 +1345,8 @@ def train(
     if not resume: check_free(run, overwrite)  # before the time it takes to read a long text
     locked = run_lock(run) if group.rank == 0 else nullcontext()
     with locked if resume else nullcontext():  # a new run makes its directory only when nothing else can be wrong
+        if resume and group.rank == 0: adopt(run)  # a checkpoint that lacks only its name
+        group.barrier()
         saved = load_resume(config, run) if resume else None
         corpus = load_corpus(config, saved.tokenizer if saved else None)
         if saved: check_text(corpus, saved, config.data.path)

@@ -325,7 +325,7 @@ def test_no_space_at_fsync(after: int, corpus: Path, tmp_path: Path) -> None:
 
 def test_space_comes_back(corpus: Path, tmp_path: Path, run_dir: Path) -> None:
     "The disk is full for a while: a loud warning, training goes on, and the end is the bits of a run that never noticed."
-    (tmp_path / "sitecustomize.py").write_text(FULL.replace("if calls[0] >", "if 60 > calls[0] >"))
+    (tmp_path / "sitecustomize.py").write_text(FULL.replace("if calls[0] >", "if 22 > calls[0] >"))
     done = fundamentallm("train", corpus, "--preset", "tiny", "-o", tmp_path / "run", env={"PYTHONPATH": str(tmp_path), "FULL_AFTER": "20"})
     assert done.returncode == 0 and "NO CHECKPOINT WAS WRITTEN" in done.stderr, done.stderr
     ours, theirs = ((r / "checkpoints" / "last" / "model.safetensors").read_bytes() for r in (tmp_path / "run", run_dir))
