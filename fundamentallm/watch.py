@@ -53,18 +53,28 @@ class LivePlot(Callback):
         self.every, self.share, self.due = every, share, 0.0
         self.handle: Any = None
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(
+        self,
+        trainer: Trainer,  # about to train
+    ) -> None:
         "An empty place for the picture."
         if in_notebook():
             from IPython import display
             HTML: Any = display.HTML
             self.handle = display.display(HTML(""), display_id=True)  # type: ignore[no-untyped-call]
 
-    def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+    def on_step(
+        self,
+        trainer: Trainer,  # after a step
+        record: dict[str, Any],  # of the step
+    ) -> None:
         "Draw, if it is time."
         if self.handle is not None and time.monotonic() > self.due: self.draw(trainer)
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(
+        self,
+        trainer: Trainer,  # done
+    ) -> None:
         "The last picture stays."
         if self.handle is not None: self.draw(trainer)
 
@@ -91,19 +101,33 @@ class Tracker(Callback):
     ) -> None:
         self.api, self.config, self.every, self.project = optional_import(name, "track"), config, every, project
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(
+        self,
+        trainer: Trainer,  # about to train
+    ) -> None:
         "Begin, or go on with the run of that name."
         self.api.init(project=self.project, name=trainer.run_dir.name, config=to_dict(self.config), resume="allow")
 
-    def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+    def on_step(
+        self,
+        trainer: Trainer,  # after a step
+        record: dict[str, Any],  # of the step
+    ) -> None:
         "A point of each training curve."
         if record["step"] % self.every == 0: self.log(record, ("loss", "lr", "grad_norm", "tokens_per_s"))
 
-    def on_eval(self, trainer: Trainer, record: dict[str, Any]) -> None:
+    def on_eval(
+        self,
+        trainer: Trainer,  # after a validation
+        record: dict[str, Any],  # step, val_loss
+    ) -> None:
         "A point of the validation curve."
         self.log(record, ("val_loss",))
 
-    def on_end(self, trainer: Trainer) -> None:
+    def on_end(
+        self,
+        trainer: Trainer,  # done
+    ) -> None:
         "Hand everything over."
         self.api.finish()
 
