@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import (
-    BackgroundWriter, Checkpoint, adopt, flatten_state, list_checkpoints, newest_checkpoint, point, restore_state, rotate, save_checkpoint, snapshot,
+    BackgroundWriter, Checkpoint, adopt, cut_checkpoints, flatten_state, list_checkpoints, newest_checkpoint, point, restore_state, rotate, save_checkpoint, snapshot,
     step_dir, write_snapshot)
 from .config import Config, replace, save_config, to_dict
 from .core import (
@@ -870,6 +870,8 @@ class Trainer:
         record, norms, usual, before, first_loss = trouble.record, list(self.spikes.norms), self.loss, self.incidents, self.first_loss
         self.pending, number = [], batch_number(record["step"] - 1, self.stepper.skipped)
         self.writer.wait()
+        again = bool(before) and before[-1]["step"] + 1 == record["step"]  # the very first step after a return: it is the checkpoint that is bad
+        if again and self.main and len(list_checkpoints(self.run_dir)) > 1: cut_checkpoints(self.run_dir, before[-1]["step"] - 1)
         self.group.barrier()
         saved, _ = newest_checkpoint(self.run_dir, impl=self.config.model.impl)
         if saved is None: raise Diverged(f"{trouble.why} at step {record['step']}, and there is no checkpoint to go back to: start again with optim.lr={record['lr']/3:.1g} --overwrite")

@@ -149,6 +149,7 @@ def main(jobs: list[dict[str, Any]]) -> None:
     import faulthandler
 
     from fundamentallm.distributed import launch_group
+    faulthandler.enable()
     faulthandler.dump_traceback_later(140, exit=True)  # nothing may hang
     groups: dict[str, Any] = {}
     for job in jobs:
