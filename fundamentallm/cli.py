@@ -226,12 +226,10 @@ def resumed_config(
     overrides: Sequence[str],  # "train.steps=4000": what is to be different from now on
 ) -> Config:                   # the run's settings with those changes
     "The settings to resume a run with: its own, plus overrides."
-    from fundamentallm.config import load_config, read_config, replace, to_dict
-    wanted, values = to_dict(load_config("small", overrides)), {}
-    for section, dot, field in (o.partition("=")[0].partition(".") for o in overrides):
-        if not dot: raise click.UsageError(f"a run that is resumed cannot change its whole {section}: override single keys, like train.steps=4000")
-        values[f"{section}.{field}"] = wanted[section][field]
-    return replace(read_config(saved), values)
+    from fundamentallm.config import override_config, read_config
+    for key in (o.partition("=")[0] for o in overrides):
+        if "." not in key: raise click.UsageError(f"a run that is resumed cannot change its whole {key}: override single keys, like train.steps=4000")
+    return override_config(read_config(saved), overrides)
 
 # %% ../nbs/60_cli.ipynb #cl-dial
 def count_vocabulary(
