@@ -101,7 +101,7 @@ class DataConfig(Settings):
 class OptimConfig(Settings):
     "How the weights move."
     section: ClassVar[str] = 'optim'
-    name: Literal['adamw', 'adam', 'sgd', 'lion', 'muon'] = Field('adamw', description='the update rule')
+    name: Literal['adamw', 'adamw8bit', 'adam', 'sgd', 'lion', 'muon'] = Field('adamw', description='the update rule')
     lr: float = Field(1.5e-3, gt=0, description='peak learning rate')
     min_lr: float | None = Field(None, ge=0, description='learning rate at the end of the run; none = a tenth of lr')
     weight_decay: float = Field(0.1, ge=0, description='decay of the matrices per unit of lr; norms, biases and embeddings do not decay')
@@ -143,13 +143,13 @@ class TrainConfig(Settings):
     ema: float = Field(0.0, ge=0, lt=1, description='memory of the averaged weights, which are validated, sampled and saved as the model; 0 = none')
     recompute: bool = Field(False, description='compute activations again in the backward pass instead of keeping them: less memory, a third more work')
     grad_clip: float = Field(1.0, ge=0, description='ceiling of the joint L2 norm of the gradients; 0 = none')
-    spike: float = Field(10.0, ge=0, description='gradient norm that counts as a spike, in medians of the last 100 steps; 0 = never')
+    spike: float = Field(30.0, ge=0, description='gradient norm that counts as a spike, in medians of the last 100 steps; 0 = never')
     recoveries: int = Field(3, ge=0, description='returns to the last good checkpoint before training gives up')
     log_every: int = Field(50, ge=1, description='steps between two lines of progress where there is no terminal')
     sample_every: int = Field(500, ge=0, description='steps between two written samples; 0 = never')
     threads: int | None = Field(None, ge=1, description='CPU threads; none = what PyTorch chooses')
     device: str = Field('auto', description='auto, cpu, cuda, cuda:1, mps')
-    prefetch: bool = Field(True, description='fetch the next batch in a thread while this one is learned')
+    prefetch: bool = Field(False, description='fetch the next batch in a thread while this one is learned: for a slow disk')
     parallel: Literal['ddp', 'fsdp'] = Field('ddp', description='several processes under torchrun: whole copies (ddp), or sharded weights (fsdp)')
 
 # %% ../nbs/40_config.ipynb #config

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import heapq
 import inspect
 import json
@@ -35,6 +36,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before the processes meet: imported later, the defaults of its functions would keep their group alive for ever
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -42,6 +44,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -800,7 +803,10 @@ def launch_group(
     rank, world, where = (os.environ[k] for k in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    try: dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    try:
+        store, number, count = next(rendezvous("env://", timeout=(wait := timedelta(seconds=timeout))))
+        attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # type: ignore[attr-defined]  # what is left in the store of processes that died must not be read
+        dist.init_process_group(backend, store=attempt, rank=number, world_size=count, timeout=wait)
     except (RuntimeError, ValueError) as e:
         raise FundamentaLLMError(f"process {rank} of {world} has not met the others at {where}:{os.environ['MASTER_PORT']} within {timeout:g} s "
                                  f"({' '.join(str(e).split())[:120]}): are all of them running, with the same address?") from None
@@ -808,8 +814,10 @@ def launch_group(
     return DDPGroup() if parallel == "ddp" else FSDPGroup()
 
 def _leave() -> None:
-    "Hang up at the end of a process."
+    "Hang up at the end of a process. A thread that still lets go of a message when the interpreter is taken down would abort the process."
+    gc.collect()  # a model wrapped by DDP holds the group, and the group its threads
     if dist.is_initialized(): dist.destroy_process_group()
+    time.sleep(0.1)  # PyTorch's caches for sharded tensors hold it to the end: let its threads come to rest
 
 # %% ../nbs/44_distributed.ipynb #shareddir
 @contextmanager

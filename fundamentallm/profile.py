@@ -304,14 +304,15 @@ def head_activations(
 # %% ../nbs/45_profile.ipynb #mem-predict
 def optimizer_numbers(
     c: ModelConfig,                       # shape of the model
-    optimizer: str = "adamw",             # adamw, adam, lion, muon or sgd
+    optimizer: str = "adamw",             # adamw, adamw8bit, adam, lion, muon or sgd
 ) -> int:                                 # numbers of 32 bits
-    "How many numbers an optimizer remembers: two a weight (Adam: mean and mean square) or one (momentum); Muon one for the blocks' matrices."
+    "How many numbers an optimizer remembers: two a weight (Adam: mean and mean square) or one (momentum); Muon one for the blocks' matrices; two bytes a weight in 8 bits."
     sizes = count_params(c)
     total = sum(sizes.values())
     if optimizer in ("adamw", "adam"): return 2 * total
     if optimizer in ("lion", "sgd"): return total
-    if optimizer != "muon": raise ConfigError(f"optimizer={optimizer!r} is not known: use adamw, adam, lion, muon or sgd")
+    if optimizer == "adamw8bit": return total // 2 + 2 * total // 256  # and a scale for each block
+    if optimizer != "muon": raise ConfigError(f"optimizer={optimizer!r} is not known: use adamw, adamw8bit, adam, lion, muon or sgd")
     per_block = c.dim * c.head_dim * (2 * c.n_heads + 2 * c.kv_heads) + c.dim * c.ff_dim * (3 if c.activation == "swiglu" else 2)
     return 2 * total - c.n_layers * per_block
 
@@ -321,7 +322,7 @@ def predict_memory(
     batch_size: int,                      # B, rows of one forward pass
     *,
     context: int | None = None,           # T, tokens in a row; none = config.context
-    optimizer: str = "adamw",             # adamw, adam, lion, muon or sgd
+    optimizer: str = "adamw",             # adamw, adamw8bit, adam, lion, muon or sgd
     precision: str = "fp32",              # of the matrix products: "fp32", "bf16" or "fp16"; the weights stay in 32 bits
     recompute: bool = False,              # keep only what goes into each block, compute the rest again
 ) -> dict[str, int]:                      # kind -> bytes: weights, gradients, optimizer, activations
@@ -735,14 +736,14 @@ def with_ceilings(
     return result
 
 # %% ../nbs/45_profile.ipynb #bt-changes
-BARE = ("train.precision=fp32", "train.prefetch=false")
+BARE = ("train.precision=fp32",)
 TRAINING_CHANGES = {  # name -> overrides, what is left out, which one it is compared with
     "a bare loop": (BARE, ("memory", "fused", "logging"), ""),
     "keeping freed memory": (BARE, ("fused", "logging"), "a bare loop"),
-    "bf16": (BARE[1:], ("fused", "logging"), "keeping freed memory"),
-    "fused optimizer": (BARE[1:], ("logging",), "bf16"),
-    "prefetch": ((), ("logging",), "fused optimizer"),
-    "logging every step": ((), (), "prefetch"),
+    "bf16": ((), ("fused", "logging"), "keeping freed memory"),
+    "fused optimizer": ((), ("logging",), "bf16"),
+    "logging every step": ((), (), "fused optimizer"),
+    "prefetch": (("train.prefetch=true",), (), "logging every step"),
     "dropout 0.2": (("model.dropout=0.2",), (), "logging every step"),
     "torch.compile": (("train.compile=true",), (), "logging every step"),
 }

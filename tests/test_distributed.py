@@ -301,6 +301,22 @@ def test_missing_process_is_named(corpus: Path) -> None:
     assert time.monotonic() - began < 60
 
 
+def test_addresses_of_the_dead_are_not_called() -> None:
+    "torchrun keeps its store when it starts processes again: whoever comes back first must wait for the others, not call where they were before."
+    from torch.distributed import TCPStore
+    code = "import time\nfrom fundamentallm.distributed import launch_group\n{}g = launch_group(timeout=60); print(g.any(g.rank == 1))"
+
+    def start(rank: int, attempt: int, late: bool = False) -> subprocess.Popen[str]:
+        env = environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True",
+                          TORCHELASTIC_RESTART_COUNT=str(attempt))
+        return subprocess.Popen([sys.executable, "-c", code.format("time.sleep(1)\n" if late else "")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for attempt in range(4):
+        for process in [start(0, attempt), start(1, attempt, late=attempt > 0)]:
+            said, _ = process.communicate(timeout=100)
+            assert (process.returncode, said.strip().splitlines()[-1:]) == (0, ["True"]), said
+
+
 def test_sharded_checkpoint_is_verified(base: Path, tmp_path: Path) -> None:
     "A bit, a missing shard, a shard too many, no manifest: each named; a planted pickle is never opened; a half-written one has no name."
     from fundamentallm.config import load_config
