@@ -20,6 +20,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from conftest import environment
+from kill_cases import MOMENTS, strike
 
 STEPS, STOP = 8, 4
 SETTINGS = ["model.dim=12", "model.n_heads=3", "model.n_layers=2", "model.context=8", "model.dropout=0.0", "train.precision=fp32", "train.batch_size=6",
@@ -36,8 +37,8 @@ def settings(text: str, *more: str) -> Any:
     return load_config("tiny", [*SETTINGS, f"data.path={text}", *more])
 
 
-def fit(group: Any, text: str, run: str, resume: bool = False, stop: int = 0, kill: int = 0) -> None:
-    "`train`, with a note of every row that this process has read: seen-RANK.jsonl. It can be told to stop, or to die, after a step."
+def fit(group: Any, text: str, run: str, resume: bool = False, stop: int = 0, kill: int = 0, hit: tuple[str, int, int, int] | None = None) -> None:
+    "`train`, with a note of every row that this process has read: seen-RANK.jsonl. It can be told to stop, or to die, after a step, or at a moment (moment, step, rank, nth)."
     import fundamentallm.trainer as trainer
 
     class Seen(trainer.Batches):  # type: ignore[name-defined,misc]
@@ -45,6 +46,7 @@ def fit(group: Any, text: str, run: str, resume: bool = False, stop: int = 0, ki
             with open(f"{run}.seen-{group.rank}.jsonl", "a") as f: f.write(json.dumps([step, self.positions(*divmod(step, self.steps_per_epoch))[:, 0].tolist()]) + "\n")
             return super().at(step)
 
+    if hit and group.rank == hit[2]: strike(hit[0], hit[1], signal.SIGKILL, hit[3])
     real, update = trainer.Batches, trainer.Trainer.update
 
     def count(t: Any) -> None:
@@ -371,14 +373,15 @@ def test_sharded_checkpoint_is_verified(base: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_random_kills(base: Path, corpus: Path, kind: str) -> None:
-    "Either of two processes, killed at a random moment five times: resumed, the same bits as undisturbed."
+    "One of two processes, killed at each moment in a random step: resumed, the same bits as undisturbed. Only process 0 saves."
     rng, text, whole = random.Random(kind), str(corpus), base/f"whole-{kind}"
     torchrun(2, {"do": "fit", "kind": kind, "text": text, "run": str(whole)})
-    for i in range(5):
-        run, step = base/f"random-{kind}-{i}", rng.randint(1, STEPS - 1)
-        torchrun(2, {"do": "fit", "kind": kind, "text": text, "run": str(run), "kill": step}, code=1)
+    for moment in MOMENTS:
+        run = base/f"random-{kind}-{moment}"
+        hit = (moment, rng.randint(1, STEPS - 1), 0 if moment == "saving" else rng.randrange(2), rng.randrange(8) if moment == "saving" else 0)
+        torchrun(2, {"do": "fit", "kind": kind, "text": text, "run": str(run), "hit": hit}, code=1)
         torchrun(2, {"do": "fit", "kind": kind, "text": text, "run": str(run), "resume": True})
-        assert same(final(run), final(whole)) and losses(run) == losses(whole), (kind, step)
+        assert same(final(run), final(whole)) and losses(run) == losses(whole), (kind, hit)
 
 
 if __name__ == "__main__": main([json.loads(word) for word in sys.argv[1:]])
