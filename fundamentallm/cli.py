@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fundamentallm.trainer import TrainResult
 
 # %% auto #0
-__all__ = ['CURES', 'F', 'REPL_HELP', 'KINDS', 'UNITS', 'describe_error', 'Stopped', 'exit_code', 'main', 'common',
+__all__ = ['CURES', 'F', 'REPL_HELP', 'KINDS', 'OFF', 'UNITS', 'describe_error', 'Stopped', 'exit_code', 'main', 'common',
            'show_version', 'bare_help', 'cli', 'in_terminal', 'print_table', 'say', 'split_arguments', 'find_text',
            'preset_names', 'resumed_config', 'count_vocabulary', 'run_config', 'command_line', 'load_run',
            'example_prompt', 'beginning', 'farewell', 'train_run', 'run_sweep', 'train', 'config_group', 'config_show',
@@ -512,6 +512,12 @@ def config_explain(
 @click.option("-t", "--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0: always the most probable token.")
 @click.option("--top-k", type=click.IntRange(min=0), help="Choose among the K most probable tokens only.")
 @click.option("--top-p", type=click.FloatRange(0, 1), help="Choose among the most probable tokens that make up P of the probability.")
+@click.option("--min-p", type=click.FloatRange(0, 1), help="Choose among tokens at least P times as probable as the first choice.")
+@click.option("--typical-p", type=click.FloatRange(0, 1), help="Choose among the tokens nearest to the expected surprise that make up P of the probability.")
+@click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Above 1: tokens seen before become less probable.")
+@click.option("--presence-penalty", type=float, default=0.0, help="Taken from the logit of every token that was written.")
+@click.option("--frequency-penalty", type=float, default=0.0, help="Taken from it for each time that it was.")
+@click.option("--no-repeat-ngram", type=click.IntRange(min=0), default=0, help="No N tokens in a row come twice; 0: off.")
 @click.option("-n", "--max-tokens", type=click.IntRange(min=0), default=300, show_default=True, help="How many tokens to write.")
 @click.option("--seed", type=click.IntRange(min=0), help="The same seed gives the same text. Default: another text each time.")
 @click.option("--num-samples", type=click.IntRange(min=1), default=1, show_default=True, help="How many texts to write.")
@@ -524,7 +530,7 @@ def generate(
     interactive: bool,   # --interactive
     num_samples: int,    # --num-samples
     device: str,         # --device
-    **how: Any,          # temperature, top_k, top_p, max_tokens, seed
+    **how: Any,          # the dials of `sampling.Sampler`, max_tokens, seed
 ) -> None:
     """Write text with the best checkpoint of RUN, or with CHECKPOINT.
 
@@ -549,7 +555,7 @@ def write_text(
     model: LanguageModel,  # from `load_run`
     tokenizer: Tokenizer,  # from `load_run`
     prompt: str | None,    # the text to continue; None: a line break, which is not printed
-    how: dict[str, Any],   # temperature, top_k, top_p, max_tokens, seed
+    how: dict[str, Any],   # the dials of `sampling.Sampler`, max_tokens, seed
 ) -> None:
     "Print the prompt and its continuation, piece by piece as it is written."
     from fundamentallm.sampling import stream_text
@@ -563,12 +569,16 @@ def write_text(
 
 # %% ../nbs/60_cli.ipynb #cl-repl
 REPL_HELP = """Type the beginning of a text and press Enter: the model continues it. \\n in it stands for a line break.
-  /set NAME VALUE   change a setting: temperature, top_k, top_p, max_tokens, seed ("none" switches it off)
+  /set NAME VALUE   change a setting: temperature, top_k, top_p, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty,
+                    no_repeat_ngram, max_tokens or seed ("none" switches it off)
   /settings         show the settings
   /help             show this
   /quit             leave (or Ctrl-D); Ctrl-C stops a text that is being written"""
 
-KINDS = {"temperature": float, "top_k": int, "top_p": float, "max_tokens": int, "seed": int}
+KINDS = {"temperature": float, "top_k": int, "top_p": float, "min_p": float, "typical_p": float, "repetition_penalty": float, "presence_penalty": float,
+         "frequency_penalty": float, "no_repeat_ngram": int, "max_tokens": int, "seed": int}
+OFF = {"top_k": None, "top_p": None, "min_p": None, "typical_p": None, "seed": None, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+       "no_repeat_ngram": 0}  # what "none" means
 
 # %% ../nbs/60_cli.ipynb #cl-repl1
 def parse_setting(
@@ -576,14 +586,14 @@ def parse_setting(
 ) -> tuple[str, float | int | None]:  # name and value, checked
     "What `/set` is given. Raises ConfigError."
     from fundamentallm.core import ConfigError
-    from fundamentallm.sampling import check_sampling
+    from fundamentallm.sampling import Sampler
     name = words[0].replace("-", "_") if words else ""
     if len(words) != 2 or name not in KINDS: raise ConfigError(f"write /set NAME VALUE, where NAME is one of {', '.join(KINDS)}")
-    if words[1] == "none" and name in ("top_k", "top_p", "seed"): return name, None
+    if words[1] == "none" and name in OFF: return name, OFF[name]
     try: value = KINDS[name](words[1])
     except ValueError: raise ConfigError(f"{name} must be a number, not {words[1]}") from None
     if name in ("max_tokens", "seed") and value < 0: raise ConfigError(f"{name} must be 0 or more, not {value}")
-    if name in ("temperature", "top_k", "top_p"): check_sampling(**{name: value})
+    if name not in ("max_tokens", "seed"): Sampler(**{name: value})  # raises where it is out of range
     return name, value
 
 # %% ../nbs/60_cli.ipynb #cl-replclass
@@ -594,7 +604,7 @@ class Repl:
         self,
         model: LanguageModel,  # from `load_run`
         tokenizer: Tokenizer,  # from `load_run`
-        how: dict[str, Any],   # temperature, top_k, top_p, max_tokens, seed: the settings to begin with
+        how: dict[str, Any],   # the dials of `sampling.Sampler`, max_tokens, seed: the settings to begin with
     ) -> None:
         self.model, self.tokenizer, self.how, self.failed = model, tokenizer, dict(how), False
 

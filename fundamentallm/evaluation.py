@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.float64]
 
 # %% auto #0
 __all__ = ['Floats', 'Evaluation', 'bits_per_byte', 'unigram_entropy', 'bigram_entropy', 'ngram_losses', 'token_losses',
-           'count_bytes', 'evaluate']
+           'count_bytes', 'standard_error', 'evaluate', 'TokenScores', 'token_scores', 'calibration']
 
 # %% ../nbs/51_evaluation.ipynb #ev-evaluation
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +31,12 @@ class Evaluation:
     bits_per_byte: float     # total loss in bits, per UTF-8 byte of the predicted text
     tokens: int              # tokens predicted (the first has nothing before it and is not)
     bytes: int               # UTF-8 bytes of those tokens
+    stderr: float = math.nan # standard error of the loss, nats per token, see `standard_error`
 
     def __str__(self) -> str:  # one line for a person
         "One line for a person."
-        return (f"loss {self.loss:.4f} nats/token · perplexity {self.perplexity:.3f} · {self.bits_per_byte:.4f} bits/byte "
+        error = f" ± {self.stderr:.4f}" if math.isfinite(self.stderr) else ""
+        return (f"loss {self.loss:.4f}{error} nats/token · perplexity {self.perplexity:.3f} · {self.bits_per_byte:.4f} bits/byte "
                 f"({self.tokens:,} tokens, {self.bytes:,} bytes)")
 
 def bits_per_byte(
@@ -103,6 +105,14 @@ def _sliding(tokens: Ids | TokenShards, context: int, batch_size: int, stride: i
         x, y = next_token_pairs(gather(tokens, end - context, context + 1))
         yield x, y.masked_fill(torch.arange(context) < context - new, -100)
 
+# %% ../nbs/51_evaluation.ipynb #ev-rows
+def _rows(tokens: Ids | TokenShards, context: int, batch_size: int, stride: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    "Inputs and targets, (B, T) each, with every target once; the others are -100."
+    if context < 1 or batch_size < 1 or (stride is not None and not 1 <= stride <= context):
+        raise ConfigError(f"context {context} and batch_size {batch_size} must be at least 1, and stride {stride} between 1 and context.")
+    if stride is None or len(tokens) - 1 <= context: return eval_batches(tokens, context, batch_size)
+    return _sliding(tokens, context, batch_size, stride)
+
 # %% ../nbs/51_evaluation.ipynb #ev-losses2
 @torch.no_grad()
 def token_losses(
@@ -113,14 +123,10 @@ def token_losses(
     stride: int | None = None,       # None: rows side by side; s < context: rows overlap, every token has >= context-s before it
 ) -> Floats:                         # loss of tokens[1:], nats, (N-1,)
     "The loss of every token of a stream but the first, each scored exactly once."
-    if context < 1 or batch_size < 1 or (stride is not None and not 1 <= stride <= context):
-        raise ConfigError(f"context {context} and batch_size {batch_size} must be at least 1, and stride {stride} between 1 and context.")
-    n = len(tokens) - 1
-    rows = eval_batches(tokens, context, batch_size) if stride is None or n <= context else _sliding(tokens, context, batch_size, stride)
     device, was_training = next(model.parameters()).device, model.training
     model.eval(); out: list[Tensor] = []
     try:
-        for x, y in rows:
+        for x, y in _rows(tokens, context, batch_size, stride):
             losses = model.loss(x.to(device), y.to(device), reduction="none").cpu()     # (B, T), nats
             out.append(losses[y != -100])
     finally: model.train(was_training)
@@ -135,6 +141,16 @@ def count_bytes(
     length = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
     length[list(tokenizer.specials.values())] = 0
     return sum(int(length[tokens[i:i + 2**20]].sum()) for i in range(0, len(tokens), 2**20))
+
+# %% ../nbs/51_evaluation.ipynb #ev-stderr
+def standard_error(
+    losses: Floats,    # of the tokens in their order, (N,)
+    pieces: int = 30,  # into which the stream is cut
+) -> float:            # of their mean; nan for fewer than two tokens a piece
+    "Standard error of the mean loss of a text, from the spread of the means of long pieces: neighbours are not independent."
+    n = len(losses) // pieces
+    if n < 2: return math.nan
+    return float(losses[:n * pieces].reshape(pieces, n).mean(1).std(ddof=1)) / math.sqrt(pieces)
 
 # %% ../nbs/51_evaluation.ipynb #ev-evaluate
 def evaluate(
@@ -155,4 +171,53 @@ def evaluate(
     n_bytes = max(1, all_bytes - count_bytes(tokenizer, ids[:1]))
     loss = float(losses.mean())
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    return Evaluation(loss, perplexity, bits_per_byte(float(losses.sum()), n_bytes), len(losses), n_bytes)
+    return Evaluation(loss, perplexity, bits_per_byte(float(losses.sum()), n_bytes), len(losses), n_bytes, standard_error(losses))
+
+# %% ../nbs/51_evaluation.ipynb #ev-scores
+@dataclasses.dataclass(frozen=True)
+class TokenScores:
+    "What a model thought of each token of a stream but the first."
+    loss: Floats                     # nats, (N-1,)
+    rank: npt.NDArray[np.int64]      # place of the right token among the model's choices, 1 = first, (N-1,)
+    confidence: Floats               # probability of the model's first choice, (N-1,)
+
+    def accuracy(
+        self,
+        k: int = 1,                  # how many choices the model has
+    ) -> float:                      # 0 to 1
+        "How often the right token is among the first k."
+        return float((self.rank <= k).mean())
+
+@torch.no_grad()
+def token_scores(
+    model: LanguageModel,            # the model; its mode (train or eval) is left as it was
+    tokens: Ids | TokenShards,       # the token stream, (N,)
+    context: int,                    # most tokens the model sees, T
+    batch_size: int = 32,            # rows at a time; no effect on the result
+    stride: int | None = None,       # see `token_losses`
+) -> TokenScores:                    # of tokens[1:]
+    "Loss, rank and confidence of every token of a stream but the first. Tokens as probable as the right one count for it."
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval(); out: list[Tensor] = []
+    try:
+        for x, y in _rows(tokens, context, batch_size, stride):
+            for h, targets in zip(model.hidden(x.to(device)), y.to(device)):            # (T, C), (T,)
+                keep = targets != -100
+                logits = model.head(h[keep]).float()                                    # (n, V)
+                own, norm = logits.gather(-1, targets[keep, None]), logits.logsumexp(-1, keepdim=True)
+                out.append(torch.stack([(norm - own)[:, 0], (logits > own).sum(-1) + 1.0, (logits.amax(-1) - norm[:, 0]).exp()]).cpu())
+    finally: model.train(was_training)
+    loss, rank, confidence = torch.cat(out, 1).double().numpy()
+    return TokenScores(loss, rank.astype(np.int64), confidence)
+
+# %% ../nbs/51_evaluation.ipynb #ev-calibration
+def calibration(
+    confidence: Floats,              # probability that was given, each from 0 to 1, (N,)
+    correct: npt.NDArray[np.bool_],  # what was right, (N,)
+    bins: int = 10,                  # into which 0 to 1 is cut
+) -> tuple[Floats, float]:           # a row for each bin that is not empty: mean confidence, share of right ones, how many; the expected calibration error
+    "Confidence against truth, and the mean distance between them (Naeini et al. 2015; Guo et al. 2017, eq. 3)."
+    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    n = np.bincount(which, minlength=bins).astype(float)
+    sums = [np.bincount(which, weights=v, minlength=bins)[n > 0]/n[n > 0] for v in (confidence, correct.astype(float))]
+    return np.stack([*sums, n[n > 0]], 1), float((np.abs(sums[0] - sums[1])*n[n > 0]).sum()/len(confidence))
