@@ -277,6 +277,17 @@ class KVCache:
         "Forget everything; the memory is used again."
         self.length = 0
 
+    @classmethod
+    def of(
+        cls,
+        k: Tensor,  # (B, H_kv, T, D), changed by what is appended
+        v: Tensor,  # (B, H_kv, T, D)
+    ) -> KVCache:  # empty
+        "A cache in memory that somebody else has set aside: a row of a larger one, say."
+        cache = cls.__new__(cls)
+        cache.k, cache.v, cache.length = k, v, 0
+        return cache
+
 # %% ../nbs/20_attention.ipynb #616ee608
 Rotate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (q, k) -> (q, k), each (B, H or H_kv, T, D)
 Attend = Callable[..., Tensor]  # (q, k, v, *, causal, dropout) -> (B, H, T_q, D): `attention`, or another that gives the same

@@ -24,7 +24,7 @@ from .kernels.rope import rope
 from .layers import Block, alibi_bias, alibi_slopes, apply_rope, make_norm, rope_tables, sinusoidal_positions
 
 # %% auto #0
-__all__ = ['ModelConfig', 'make_block', 'rotate_heads', 'fused_attention', 'Positions', 'init_weights', 'LanguageModel',
+__all__ = ['ModelConfig', 'make_block', 'rotate_heads', 'fused_attention', 'places', 'Positions', 'init_weights', 'LanguageModel',
            'n_params', 'count_params', 'count_flops', 'flops_per_token']
 
 # %% ../nbs/31_model.ipynb #e145a966
@@ -153,6 +153,19 @@ def fused_attention(
     if causal and q.shape[2] <= 16 and not torch.is_grad_enabled(): return flash_decode(q, k, v, k.shape[2], slopes=slopes, impl=impl)
     return flash_attention(q, k, v, causal=causal, slopes=slopes, impl=impl)
 
+# %% ../nbs/31_model.ipynb #ragged
+def places(
+    start: int | Tensor,  # position of the first token; (B,) int64 if the rows stand at different ones
+    T: int,               # tokens
+) -> slice | Tensor:      # rows of a table of positions: a slice for all, or (B, T)
+    "The positions of T tokens after `start` others."
+    if isinstance(start, int): return slice(start, start + T)
+    return start[:, None] + torch.arange(T, device=start.device)
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, dropout: float, mask: Tensor, bias: Tensor | None) -> Tensor:
+    "Attention whose mask says everything about who may look at whom."
+    return attention(q, k, v, mask=mask, bias=bias, dropout=dropout)
+
 # %% ../nbs/31_model.ipynb #de6b3b49
 class Positions(nn.Module):
     "What tells positions apart, apart from a learned table: constants, so none of them is trained or saved."
@@ -173,22 +186,32 @@ class Positions(nn.Module):
     def add(
         self,
         x: Tensor,  # token embeddings, (B, T, C)
-        start: int,  # position of the first
+        start: int | Tensor,  # position of the first; (B,) int64 if the rows stand at different ones
     ) -> Tensor:  # (B, T, C)
         "Embeddings with their sinusoids, for the sinusoidal kind (Vaswani et al. 2017, 3.4 and 3.5); else as they are."
-        return x * x.shape[-1] ** 0.5 + self.table[start:start + x.shape[1]] if self.kind == "sinusoidal" else x
+        return x * x.shape[-1] ** 0.5 + self.table[places(start, x.shape[1])] if self.kind == "sinusoidal" else x
 
     def forward(
         self,
         x: Tensor,  # the first block's input, (B, T, C)
-        start: int,  # position of the first
+        start: int | Tensor,  # position of the first; (B,) int64 if the rows stand at different ones
     ) -> tuple[Rotate | None, Attend]:  # a rotation of queries and keys; a way to mix the values
         "What every attention layer needs to know of positions, and by which engine it runs: decided once for all blocks."
+        if isinstance(start, Tensor): return self._ragged(x, start)
         T, stop = x.shape[1], start + x.shape[1]
         rotate = partial(rotate_heads, cos=self.cos[start:stop], sin=self.sin[start:stop], impl=self.impl) if self.kind == "rope" else None
         if use_triton("flash_attention", self.impl, {"x": x}, self._unsupported()):
             return rotate, partial(fused_attention, slopes=self.slopes if self.kind == "alibi" else None, impl=self.impl)
         return rotate, partial(attention, bias=alibi_bias(self.n_heads, T, stop).to(x)) if self.kind == "alibi" else attention
+
+    def _ragged(self, x: Tensor, start: Tensor) -> tuple[Rotate | None, Attend]:
+        "The same where each row of the batch stands at a place of its own, and must not look beyond it."
+        T, at = x.shape[1], start[:, None] + torch.arange(x.shape[1], device=x.device)     # (B, T)
+        keys = torch.arange(int(start.max()) + T, device=x.device)
+        mask = keys <= at[:, None, :, None]                                                # (B, 1, T, T_k)
+        rotate = partial(rotate_heads, cos=self.cos[at][:, None], sin=self.sin[at][:, None], impl="torch") if self.kind == "rope" else None
+        bias = (-self.slopes[:, None, None] * (at[:, None, :, None] - keys).abs()).to(x) if self.kind == "alibi" else None
+        return rotate, partial(_masked, mask=mask, bias=bias)
 
     def _unsupported(self) -> str:  # what the kernel has not; "" = nothing
         if self.dropout and self.training: return f"dropout of attention weights (model.dropout={self.dropout})"
@@ -283,13 +306,13 @@ class LanguageModel(nn.Module):
         c, like = self.config, self.embed.weight
         return [KVCache(batch, c.kv_heads, length or c.context, c.head_dim, dtype=like.dtype, device=like.device) for _ in self.blocks]
 
-    def _embed(self, ids: Tensor, start: int) -> Tensor:  # (B, T) -> (B, T, C)
-        c, stop = self.config, start + ids.shape[1]
+    def _embed(self, ids: Tensor, start: int | Tensor) -> Tensor:  # (B, T) -> (B, T, C)
+        c, stop = self.config, (int(start.max()) if isinstance(start, Tensor) else start) + ids.shape[1]
         if stop > c.context:
             raise DataError(f"{stop} tokens do not fit a context of {c.context}: keep the last {c.context}, or train with model.context={stop}")
         _check_ids(ids, c.vocab_size)
         x: Tensor = self.embed(ids)
-        if self.pos_embed is not None: x = x + self.pos_embed.weight[start:stop]
+        if self.pos_embed is not None: x = x + self.pos_embed.weight[places(start, ids.shape[1])]
         return self.positions.add(x, start)
 
 # %% ../nbs/31_model.ipynb #4da11ffa
