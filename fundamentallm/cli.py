@@ -24,6 +24,7 @@ import click
 if TYPE_CHECKING:
     from fundamentallm.config import Config
     from fundamentallm.model import LanguageModel
+    from fundamentallm.suite import Task
     from fundamentallm.tokenizer import Tokenizer
     from fundamentallm.trainer import TrainResult
 
@@ -33,7 +34,8 @@ __all__ = ['CURES', 'F', 'REPL_HELP', 'KINDS', 'OFF', 'UNITS', 'describe_error',
            'preset_names', 'resumed_config', 'count_vocabulary', 'run_config', 'command_line', 'load_run',
            'example_prompt', 'beginning', 'farewell', 'train_run', 'run_sweep', 'train', 'config_group', 'config_show',
            'config_file', 'config_validate', 'config_explain', 'generate', 'write_text', 'parse_setting', 'Repl',
-           'read_lines', 'evaluate', 'data', 'size_text', 'data_list', 'data_fetch', 'held_out', 'progress_bar',
+           'read_lines', 'evaluate', 'split_places', 'examination', 'decoded_pieces', 'training_text',
+           'hold_examination', 'data', 'size_text', 'data_list', 'data_fetch', 'held_out', 'progress_bar',
            'parse_shares', 'parse_workers', 'data_prepare', 'tokenizer_group', 'text_pieces', 'tokenizer_train',
            'tokenizer_show', 'requirements', 'installed_version', 'Check', 'check_packages', 'check_machine',
            'check_torch', 'doctor', 'bench', 'bench_speed', 'bench_train', 'bench_changes', 'bench_tokenizer']
@@ -669,28 +671,41 @@ def _history() -> Any:
     return FileHistory(str(path))
 
 # %% ../nbs/60_cli.ipynb #cl-evaluatecmd
-@cli.command(short_help="Measure how well a model predicts a text.")
-@click.argument("run", type=click.Path(path_type=Path), metavar="RUN|CHECKPOINT")
-@click.argument("text", metavar="TEST.txt")
+@cli.command(short_help="Measure how well a model predicts a text, or examine it.")
+@click.argument("places", nargs=-1, required=True, metavar="RUN... [TEST.txt]")
+@click.option("--tasks", "names", multiple=True, metavar="NAMES", help="Examine it: all, or copy,induction,brackets,arithmetic,last_word,next_line,passages.")
+@click.option("--task-file", "files", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="Examine it with a task of yours (.yaml, .jsonl).")
+@click.option("--items", type=click.IntRange(min=1), default=200, show_default=True, help="Questions of each task.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Another seed, other questions.")
+@click.option("--train-text", metavar="FILE", help="Look for the questions in this text. Default: the run's training text.")
+@click.option("--report", type=click.Path(path_type=Path), metavar="DIR", help="Write a page with tables and a picture to a new directory.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 or mps.")
 @common
 def evaluate(
-    run: Path,      # a run directory or a checkpoint
-    text: str,      # a text file, a directory made by `data prepare`, or a name of the catalogue
-    as_json: bool,  # --json
-    device: str,    # --device
+    places: tuple[str, ...],  # runs or checkpoints, then perhaps a text
+    as_json: bool,            # --json
+    device: str,              # --device
+    report: Path | None,      # --report
+    **what: Any,              # names, files, items, seed, train_text: see `examination` and `hold_examination`
 ) -> None:
     """Measure how well the best checkpoint of RUN predicts a text it has not seen: a file, or the test part (else the validation part) of prepared data.
+    With --tasks or --task-file, ask it questions. Several runs are compared, question by question.
 
     \b
     Examples:
       fundamentallm evaluate runs/bard sonnets.txt
       fundamentallm evaluate runs/bard sonnets.txt --json | jq .perplexity
+      fundamentallm evaluate runs/bard --tasks all
+      fundamentallm evaluate runs/bard runs/wiki --tasks copy,induction --report compared
+      fundamentallm evaluate runs/bard --task-file capitals.yaml --train-text book.txt
     """
+    if what["names"] or what["files"] or report or len(places) > 2: return hold_examination(places, device, report, as_json, **what)
+    if len(places) < 2:
+        raise click.UsageError(f"name a text too, `fundamentallm evaluate {places[0]} TEST.txt`, or tasks, `fundamentallm evaluate {places[0]} --tasks all`")
     from fundamentallm.evaluation import evaluate as measure
-    model, tokenizer = load_run(run, device)
-    result = asdict(measure(model, tokenizer, held_out(find_text(text), tokenizer)))
+    model, tokenizer = load_run(Path(places[0]), device)
+    result = asdict(measure(model, tokenizer, held_out(find_text(places[1]), tokenizer)))
     if as_json:
         import json
         return click.echo(json.dumps(result))
@@ -700,6 +715,109 @@ def evaluate(
 
 UNITS = {"loss": "nats a token", "perplexity": "equally likely choices", "bits_per_byte": "bits a byte of UTF-8",
          "tokens": "predicted tokens", "bytes": "bytes of UTF-8"}
+
+# %% ../nbs/60_cli.ipynb #cl-exam1
+def split_places(
+    places: Sequence[str],  # runs, and perhaps a text
+) -> tuple[list[Path], str | None]:  # the runs; the text
+    "Tell the text at the end, a file or a name of the catalogue, from the runs."
+    from fundamentallm.core import CATALOG
+    last = places[-1]
+    text = last if len(places) > 1 and (Path(last).is_file() or (last in CATALOG and not Path(last).exists())) else None
+    runs = [Path(p) for p in (places[:-1] if text else places)]
+    if double := next((r for i, r in enumerate(runs) if r in runs[:i]), None): raise click.UsageError(f"{double} is named twice: a run is compared with others")
+    return runs, text
+
+def examination(
+    names: Sequence[str],   # of tasks, perhaps several with commas between
+    files: Sequence[Path],  # task files
+    text: str | None,       # a text whose paragraphs are to be predicted
+    items: int,             # questions of each task
+    seed: int,              # of the questions
+) -> tuple[list[Task], dict[str, str]]:  # the tasks, and those of `all` that cannot be had, with the reason
+    "Collect the questions. Raises ConfigError for an unknown name, DataError for a bad file."
+    from fundamentallm.core import ConfigError, DataError
+    from fundamentallm.dataset import read_text
+    from fundamentallm.suite import TASKS, make_tasks, passages_task, read_task
+    wanted, tasks, missing = [n.strip() for name in names for n in name.split(",") if n.strip()], list[Any](), dict[str, str]()
+    if names and not wanted: raise ConfigError(f"--tasks names no task: choose from all, {', '.join(TASKS)}")
+    for name in wanted if "all" not in wanted else dict.fromkeys([n for n in wanted if n != "all"] + list(TASKS)):
+        try: tasks += make_tasks([name], items, seed)
+        except DataError as e:
+            if "all" not in wanted: raise
+            missing[name] = str(e)
+    tasks += [read_task(f) for f in files]
+    if text: tasks.append(passages_task(read_text(find_text(text)), items, seed, name=Path(text).stem))
+    if double := next((t.name for i, t in enumerate(tasks) if t.name in [u.name for u in tasks[:i]]), None): raise ConfigError(f"two tasks are called {double}: rename one")
+    return tasks, missing
+
+# %% ../nbs/60_cli.ipynb #cl-exam2
+def decoded_pieces(
+    ids: Any,              # tokens, (N,), in memory or on disk
+    tokenizer: Tokenizer,  # that made them
+    size: int = 2**19,     # of a piece
+) -> Iterator[str]:        # overlapping by 256 tokens, so that nothing short is cut in two
+    "Tokens as text again, a piece at a time."
+    for at in range(0, len(ids), size): yield tokenizer.decode(ids[max(0, at - 256):at + size].tolist(), skip_special=True) + "\n"
+
+def training_text(
+    run: Path,             # a run directory, or a checkpoint in it
+    tokenizer: Tokenizer,  # the run's
+) -> tuple[Iterator[str] | None, bool]:  # its training text in pieces, None where it is not found; was it made of documents that end in <eos>?
+    "What a run has read: its training part, not its validation part."
+    from fundamentallm.config import read_config
+    from fundamentallm.dataset import read_text, split_tokens
+    from fundamentallm.prepare import open_prepared
+    saved = next((p / "config.yaml" for p in (run, *run.resolve().parents[:2]) if (p / "config.yaml").is_file()), None)
+    data = read_config(saved).data if saved else None
+    path = Path(data.path) if data and data.path else None
+    if path is None or data is None or not path.exists(): return None, False
+    if path.is_dir():
+        train = open_prepared(path, verify=False).train
+        return (None if train is None else decoded_pieces(train, tokenizer)), True
+    return decoded_pieces(split_tokens(tokenizer.encode_array(read_text(path), errors="unk"), data.fractions)["train"], tokenizer), False
+
+# %% ../nbs/60_cli.ipynb #cl-exam3
+def hold_examination(
+    places: Sequence[str],  # runs, and perhaps a text
+    device: str,            # auto, cpu, cuda, cuda:1, mps
+    report: Path | None,    # a new directory for a report
+    as_json: bool,          # print one JSON object
+    names: Sequence[str],   # of tasks
+    files: Sequence[Path],  # task files
+    items: int,             # questions of each task
+    seed: int,              # of the questions
+    train_text: str | None, # where to look for the questions; None: in what each run was trained on
+) -> None:
+    "Examine one run, or compare several, and print the tables."
+    from fundamentallm.core import DataError, FundamentaLLMError
+    from fundamentallm.suite import ModelExaminee, compare, comparison_table, examine, table, to_json, write_report
+    if report and report.exists(): raise FundamentaLLMError(f"{report} exists already: choose another name or remove it")
+    runs, text = split_places(places)
+    known = str(find_text(train_text)) if train_text else None
+    tasks, missing = examination(names, files, text, items, seed)
+    if not tasks: raise DataError("there are no questions: " + ("; ".join(f"{k}: {v}" for k, v in missing.items()) or "name tasks with --tasks or --task-file"))
+    everything, results = any("all" in n.split(",") for n in names), list[Any]()
+    for run in runs:
+        model, tokenizer = load_run(run, device)
+        pieces, ends = training_text(run, tokenizer)
+        if known: pieces = text_pieces([known], "text", "replace", None)
+        elif pieces is None: click.echo(f"{run}: its training text is not here, so nobody looked for the questions in it (--train-text names it)", err=True)
+        result = examine(str(run), ModelExaminee(model, tokenizer, start=tokenizer.eos_id if ends else None), tasks, pieces, strict=not everything)
+        result.skipped.update(missing); results.append(result)
+        if not result.scores: raise DataError(f"{run} can read none of the tasks ({next(iter(result.skipped.values()))})")
+    found = compare(results) if len(results) > 1 else []
+    if report: write_report(report, results, found, tasks)
+    if as_json:
+        import json
+        return click.echo(json.dumps(to_json(results, found, tasks)))
+    for result in results:
+        if len(results) > 1: say(f"{result.name}:", bold=True)
+        print_table(*table(result, tasks))
+        for name, why in result.skipped.items(): say(f"not given: {name} ({why})", dim=True)
+        click.echo()
+    if found: say("Who is better (paired, corrected for several comparisons):", bold=True); print_table(*comparison_table(found))
+    if report: say(f"Report: {report / 'report.html'}")
 
 # %% ../nbs/60_cli.ipynb #cl-datacmd
 @cli.group(invoke_without_command=True, short_help="Data sets: list, fetch, prepare.")

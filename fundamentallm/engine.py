@@ -6,9 +6,13 @@
 from __future__ import annotations
 
 import codecs
+import statistics
+import sys
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,20 +21,24 @@ from torch import Tensor
 
 from .attention import KVCache
 from .core import ConfigError, DataError
-from .model import LanguageModel
+from .kernels.quant import Weights, bytes_per_token, in_large_pages, quantized, to_large_pages
+from .model import LanguageModel, ModelConfig, Places
+from .profile import alternate, compare, machine
 from .sampling import Sampler, check_logits, draw, row_generators, suppressed
-from .tokenizer import Tokenizer
+from .tokenizer import CharTokenizer, Tokenizer
 
 # %% auto #0
-__all__ = ['TextOut', 'SlotCache', 'Request', 'Piece', 'Engine']
+__all__ = ['SHAPES', 'PEER', 'TextOut', 'SlotCache', 'decode_step', 'Request', 'Piece', 'Engine', 'read_rate', 'decode_speed',
+           'decode_growth', 'bench_decode']
 
 # %% ../nbs/56_engine.ipynb #textout
 class TextOut:
     "Turns tokens into text as they come: never half a character, and nothing of a stop string."
+
     def __init__(
         self,
-        tokenizer: Tokenizer,     # whose tokens they are
-        stop: Sequence[str] = (), # the text ends before the first of these
+        tokenizer: Tokenizer,  # whose tokens they are
+        stop: Sequence[str] = (),  # the text ends before the first of these
     ) -> None:
         if any(not s for s in stop): raise ConfigError("a stop string is empty: give at least one character")
         self.tokenizer, self.stop, self.decoder = tokenizer, tuple(stop), codecs.getincrementaldecoder("utf-8")("replace")
@@ -38,11 +46,10 @@ class TextOut:
 
     def push(
         self,
-        token: int,          # the next one
-        last: bool = False,  # nothing more will come
-    ) -> str:                # what may be shown
+        token: int,  # the next one
+    ) -> str:  # what may be shown
         "Text that is whole, and cannot be the beginning of a stop string."
-        return self._show(self.decoder.decode(self.tokenizer.token_bytes(token)), last)
+        return self._show(self.decoder.decode(self.tokenizer.token_bytes(token)), False)
 
     def flush(self) -> str:  # what was held back
         "The end: nothing can follow that would make it a stop string or a character."
@@ -52,41 +59,47 @@ class TextOut:
         if self.stopped: return ""
         self.waiting += new
         found = [(at, s) for s in self.stop if (at := self.waiting.find(s)) >= 0]
-        if found:
-            at, self.stopped = min(found)
-            shown, self.waiting = self.waiting[:at], ""
-            return shown
-        held = 0 if last else max((n for s in self.stop for n in range(1, len(s)) if self.waiting.endswith(s[:n])), default=0)
-        cut = len(self.waiting) - held
+        cut, self.stopped = min(found) if found else (len(self.waiting) - (0 if last else self._held()), "")
         shown, self.waiting = self.waiting[:cut], self.waiting[cut:]
         return shown
 
+    def _held(self) -> int:  # characters at the end that may be the beginning of a stop string
+        return max((n for s in self.stop for n in range(1, len(s)) if self.waiting.endswith(s[:n])), default=0)
+
 # %% ../nbs/56_engine.ipynb #slots
 class SlotCache:
-    "The keys and values of one block for several texts of different length, a row each. `lengths` is shared by all blocks."
+    "The keys and values of one block for several texts of different length, a row each, for one decode step."
+
     def __init__(
         self,
-        k: Tensor,        # (slots, H_kv, T, D)
-        v: Tensor,        # (slots, H_kv, T, D)
-        lengths: Tensor,  # tokens in each row, (slots,) int64; whoever calls the model advances it
+        k: Tensor,  # (B, H_kv, T, D), written to
+        v: Tensor,  # (B, H_kv, T, D), written to
+        length: Places,  # where each row stands
     ) -> None:
-        self.k, self.v, self.lengths, self.rows = k, v, lengths, 0
-
-    @property
-    def length(self) -> Tensor:  # (rows,)
-        "Where each active row stands."
-        return self.lengths[:self.rows]
+        self.k, self.v, self.length = k, v, length
 
     def append(
         self,
-        k: Tensor,        # of one new token a row, (rows, H_kv, 1, D)
-        v: Tensor,        # (rows, H_kv, 1, D)
-    ) -> tuple[Tensor, Tensor]:  # all up to the longest row, (rows, H_kv, longest + 1, D); what lies beyond a row's own end is for the mask to hide
+        k: Tensor,  # of one new token a row, (B, H_kv, 1, D)
+        v: Tensor,  # (B, H_kv, 1, D)
+    ) -> tuple[Tensor, Tensor]:  # all that anybody looks at, (B, H_kv, T_k, D) each; what lies beyond a row's own end is for the mask to hide
         "Write each row's token at that row's end."
-        at, every = self.length, torch.arange(self.rows, device=k.device)
-        self.k[every, :, at], self.v[every, :, at] = k[:, :, 0], v[:, :, 0]
-        longest = int(at.max()) + 1
-        return self.k[:self.rows, :, :longest], self.v[:self.rows, :, :longest]
+        every, at = torch.arange(len(k), device=k.device), self.length.at
+        self.k[every, :, at], self.v[every, :, at] = k[:, :, 0].to(self.k.dtype), v[:, :, 0].to(self.v.dtype)
+        span = len(self.length.keys)
+        return self.k[:, :, :span], self.v[:, :, :span]
+
+def decode_step(
+    model: LanguageModel,  # in eval mode
+    ids: Tensor,  # the newest token of each row, (B, 1)
+    where: Places,  # where it stands
+    k: Sequence[Tensor],  # for each block (slots, H_kv, T, D), slots >= B; written to
+    v: Sequence[Tensor],  # as k
+) -> Tensor:  # logits of the next token, (B, V) fp32
+    "One token for each row."
+    B = len(ids)
+    logits: Tensor = model(ids, [SlotCache(k_i[:B], v_i[:B], where) for k_i, v_i in zip(k, v, strict=True)])
+    return logits[:, -1].float()
 
 # %% ../nbs/56_engine.ipynb #request
 @dataclass
@@ -97,13 +110,40 @@ class Request:
     sampler: Sampler                   # its dials
     rng: np.random.Generator           # its randomness
     out: TextOut                       # its text
+    history: Tensor                    # room for all its tokens, (len(ids) + max_tokens,) int64
     eos: frozenset[int] = frozenset()  # tokens that end it
     alternatives: int = -1             # how many of the most probable tokens to note at each place; -1: no log-probabilities at all
     tokens: list[int] = field(default_factory=list)       # what was drawn
     text: str = ""                                        # what was shown
     log_probs: list[float] = field(default_factory=list)  # ln p of each token drawn, under the model as it is, before any dial
     top: list[list[tuple[int, float]]] = field(default_factory=list)  # the most probable tokens at each place and their ln p
-    finish: str = ""                   # "": goes on; "stop": a stop string or end token; "length": max_tokens, or the context is full
+    finish: str = ""                   # "": goes on; "stop": a stop string or end token; "length": max_tokens was reached; "cancelled"
+
+    def note(
+        self,
+        logits: Tensor,  # (V,)
+        token: int,      # that was drawn
+    ) -> None:
+        "Write down how probable the token was, and what else there was."
+        log_p = logits.log_softmax(-1)
+        best = log_p.topk(min(self.alternatives, len(log_p)))
+        self.log_probs.append(float(log_p[token])); self.top.append(list(zip(best.indices.tolist(), best.values.tolist())))
+
+    def take(
+        self,
+        token: int,  # that was drawn
+    ) -> str:        # new text, if it can be shown
+        "One token more; sets `finish` if it was the last."
+        self.history[len(self.ids) + len(self.tokens)] = token
+        self.tokens.append(token)
+        ended = token in self.eos
+        text = "" if ended else self.out.push(token)
+        if ended or self.out.stopped: self.finish = "stop"
+        elif len(self.tokens) == self.max_tokens: self.finish = "length"
+        if self.finish: text += self.out.flush()
+        if self.out.stopped: self.finish = "stop"
+        self.text += text
+        return text
 
 @dataclass(frozen=True)
 class Piece:
@@ -114,22 +154,32 @@ class Piece:
 
 # %% ../nbs/56_engine.ipynb #engine
 class Engine:
-    "Continuous batching: requests join and leave a running batch at every token (Yu et al. 2022). One thread only."
+    "Continuous batching: requests join and leave a running batch at every token. For one thread."
+
     def __init__(
         self,
-        model: LanguageModel,     # any model of chapter 31
-        tokenizer: Tokenizer,     # the one it was trained with
-        slots: int = 8,           # texts side by side at the most
-        overflow: str = "refuse", # a text that fills the context: "refuse" it at the door, or "slide": drop the older half and go on
+        model: LanguageModel,      # any model of chapter 31; it is not changed
+        tokenizer: Tokenizer,      # the one it was trained with
+        slots: int = 8,            # texts side by side at the most
+        overflow: str = "refuse",  # a text that fills the context: "refuse" it at the door, or "slide": drop the older half and go on
+        *,
+        compile: bool = False,     # compile the decode step: some seconds at the first token, much faster afterwards
+        weights: Weights | None = None,  # "fp32" | "bf16" | "int8" | "int4", see chapter 26; None: as they are
     ) -> None:
-        if slots < 1: raise ConfigError(f"slots is {slots}: it must be 1 or more")
+        if slots < 1: raise ConfigError(f"slots={slots}: use 1 or more")
         if overflow not in ("refuse", "slide"): raise ConfigError(f"overflow={overflow!r} is not known: use refuse or slide")
-        self.model, self.tokenizer, self.slots, self.overflow = model.eval(), tokenizer, slots, overflow
-        self.waiting, self.active = deque[Request](), list[Request]()
-        like = model.new_cache(slots)
-        self.lengths = torch.zeros(slots, dtype=torch.int64, device=like[0].k.device)
-        self.cache = [SlotCache(layer.k, layer.v, self.lengths) for layer in like]
-        self.silent = torch.tensor(suppressed(tokenizer, None), dtype=torch.long, device=self.lengths.device)
+        if compile and weights is None: weights = "fp32" if model.embed.weight.dtype == torch.float32 else "bf16"
+        self.model = quantized(model, weights).eval() if weights else model.eval()
+        self.tokenizer, self.slots, self.overflow = tokenizer, slots, overflow
+        self.context, self.compiled, self.seen = model.config.context, compile, set[int]()
+        self.waiting, self.active, self.lengths = deque[Request](), list[Request](), list[int]()
+        cache = self.model.new_cache(slots, self.context + 1)  # one more than is ever used: to the compiler a slice is then never the whole
+        self.k, self.v, self.device = [c.k for c in cache], [c.v for c in cache], cache[0].k.device
+        if compile and self.device.type == "cpu":
+            to_large_pages(self.model)
+            self.k, self.v = in_large_pages(self.k), in_large_pages(self.v)
+        self._step = torch.compile(decode_step, dynamic=False) if compile else decode_step
+        self.silent = {eos: torch.tensor(suppressed(tokenizer, eos), dtype=torch.long, device=self.device) for eos in (None, tokenizer.eos_id)}
 
     def submit(
         self,
@@ -143,19 +193,13 @@ class Engine:
         **dials: Any,                  # temperature and so on: see `sampling.Sampler`
     ) -> Request:                      # fills up while `run` or `step` is called
         "Ask for a text. An empty prompt begins at <bos>. Raises DataError, ConfigError; the others in the batch do not notice."
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
-        ids, context = ids or self._begin(), self.model.config.context
-        if max_tokens < 0: raise ConfigError(f"max_tokens is {max_tokens}: it must be 0 or more")
-        if self.overflow == "refuse" and len(ids) + max_tokens > context:
-            raise DataError(f"{len(ids)} tokens and {max_tokens} more do not fit the context of {context}: shorten one, or make an Engine(overflow='slide')")
-        request = Request(ids, max_tokens, Sampler(**dials), row_generators(seed, 1)[0], TextOut(self.tokenizer, stop), frozenset(eos), alternatives)
+        ids = (self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]) or self._begin()
+        self._check(ids, max_tokens)
+        history = torch.tensor(ids + [0] * max_tokens, device=self.device)
+        request = Request(ids, max_tokens, Sampler(**dials), row_generators(seed, 1)[0], TextOut(self.tokenizer, stop), history, frozenset(eos), alternatives)
         if max_tokens: self.waiting.append(request)
         else: request.finish = "length"
         return request
-
-    def _begin(self) -> list[int]:
-        if self.tokenizer.bos_id is None: raise DataError("the prompt is empty and this tokenizer has no <bos> to begin with: give at least one character")
-        return [self.tokenizer.bos_id]
 
     def cancel(
         self,
@@ -169,73 +213,186 @@ class Engine:
     def step(self) -> list[Piece]:  # new text of whoever got a token
         "One token for everybody who is in; first let in who waits."
         pieces = list[Piece]()
-        while self.waiting and len(self.active) < self.slots:
-            request = self.waiting.popleft()
-            self.active.append(request)
-            pieces += self._take(len(self.active) - 1, 1, self._prefill(len(self.active) - 1, request.ids))
-        if not self.active: return pieces
-        full = [i for i, r in enumerate(self.active) if self.lengths[i] == self.model.config.context]
-        for i in full: self._slide(i)
-        n = len(self.active)
-        for layer in self.cache: layer.rows = n
-        with torch.inference_mode(): logits = self.model(torch.tensor([[r.tokens[-1]] for r in self.active], device=self.lengths.device), self.cache)[:, -1]
-        self.lengths[:n] += 1
-        return pieces + self._take(0, n, logits)
-
-    def _prefill(self, row: int, ids: Sequence[int]) -> Tensor:  # logits of the next token, (1, V)
-        "Read a text, or as much of its end as fits with room to go on, into a row."
-        context = self.model.config.context
-        if len(ids) >= context: ids = ids[-max(1, context // 2):]
-        views = [KVCache.of(layer.k[row:row + 1], layer.v[row:row + 1]) for layer in self.cache]
-        with torch.inference_mode(): logits: Tensor = self.model(torch.tensor([list(ids)], device=self.lengths.device), views)[:, -1]
-        self.lengths[row] = len(ids)
-        return logits
-
-    def _slide(self, row: int) -> None:
-        "A full row drops the older half of its window; its last token is read again in the step to come."
-        request = self.active[row]
-        self._prefill(row, (request.ids + request.tokens)[-max(1, self.model.config.context // 2):-1] or request.tokens[-1:])
-
-    def _take(self, first: int, n: int, logits: Tensor) -> list[Piece]:
-        "Draw for rows first to first + n, hand out their text, free those that are done."
-        pieces, plain = list[Piece](), logits.float()
-        for i in reversed(range(n)):
-            request, row = self.active[first + i], plain[i:i + 1]
-            pieces.append(self._draw(request, row))
-            if request.finish: self._free(first + i)
-        return pieces[::-1]
-
-    def _draw(self, request: Request, logits: Tensor) -> Piece:
-        "One token of one request."
-        check_logits(logits)
-        allowed = logits.index_fill(-1, self.silent[~torch.isin(self.silent, torch.tensor(list(request.eos), dtype=torch.long, device=logits.device))], -torch.inf)
-        history = torch.tensor([request.ids + request.tokens], device=logits.device)
-        token = int(draw(request.sampler(allowed, history, len(request.tokens)), [request.rng]))
-        if request.alternatives >= 0:
-            log_p = logits[0].log_softmax(-1)
-            best = log_p.topk(min(request.alternatives, len(log_p)))
-            request.log_probs.append(float(log_p[token])); request.top.append(list(zip(best.indices.tolist(), best.values.tolist())))
-        request.tokens.append(token)
-        if token in request.eos: request.finish, text = "stop", request.out.flush()
-        else:
-            text = request.out.push(token)
-            if request.out.stopped: request.finish = "stop"
-            elif len(request.tokens) == request.max_tokens: request.finish, text = "length", text + request.out.flush()
-            if request.out.stopped: request.finish = "stop"
-        request.text += text
-        return Piece(request, text, bool(request.finish))
-
-    def _free(self, row: int) -> None:
-        "The last row moves into the place of one that is done, so that the active ones stay together."
-        last = len(self.active) - 1
-        n = int(self.lengths[last])
-        if row != last:
-            for layer in self.cache:
-                for t in (layer.k, layer.v): t[row, :, :n] = t[last, :, :n]
-            self.lengths[row] = n
-        self.active[row] = self.active[last]
-        self.active.pop()
+        while self.waiting and len(self.active) < self.slots: pieces += self._admit(self.waiting.popleft())
+        return pieces + self._take(0, self._decode()) if self.active else pieces
 
     def run(self) -> Iterator[Piece]:  # until nobody is left; requests may be submitted meanwhile
         "Steps until everything that was submitted is done."
         while self.waiting or self.active: yield from self.step()
+
+    def _begin(self) -> list[int]:
+        if self.tokenizer.bos_id is None: raise DataError("the prompt is empty and this tokenizer has no <bos> to begin with: give at least one character")
+        return [self.tokenizer.bos_id]
+
+    def _check(self, ids: Sequence[int], max_tokens: int) -> None:
+        V, wrong = self.model.config.vocab_size, [i for i in ids if not 0 <= i < self.model.config.vocab_size]
+        if wrong: raise DataError(f"token {wrong[0]} is outside the vocabulary of {V} (0 to {V - 1}): was the text encoded with this model's tokenizer?")
+        if max_tokens < 0: raise ConfigError(f"max_tokens={max_tokens}: use 0 or more")
+        if self.overflow == "refuse" and len(ids) + max_tokens > self.context:
+            raise DataError(f"{len(ids)} tokens and {max_tokens} more do not fit the context of {self.context}: shorten one, or make an Engine(overflow='slide')")
+
+    def _admit(self, request: Request) -> list[Piece]:
+        "Give a request the next row and its first token."
+        self.active.append(request); self.lengths.append(0)
+        return self._take(row := len(self.active) - 1, self._prefill(row, request.ids[-self.context:]))
+
+    def _prefill(self, row: int, ids: Sequence[int]) -> Tensor:  # logits of the next token, (1, V)
+        "Read a text into a row."
+        views = [KVCache.of(k[row:row + 1], v[row:row + 1]) for k, v in zip(self.k, self.v)]
+        with torch.inference_mode(): logits: Tensor = self.model.head(self.model.hidden(torch.tensor([list(ids)], device=self.device), views)[:, -1])
+        self.lengths[row] = len(ids)
+        return logits.float()
+
+    def _decode(self) -> Tensor:  # logits of the next token of each active row, (n, V)
+        n = len(self.active)
+        for row in range(n):
+            if self.lengths[row] == self.context: self._slide(row)
+        rows = min(self.slots, 1 << (n - 1).bit_length()) if self.compiled else n  # few different shapes: each is compiled once
+        ids, at = ([*what, *[0] * (rows - n)] for what in ([r.tokens[-1] for r in self.active], self.lengths))
+        keys = torch.arange(max(at) + 1, device=self.device)
+        torch._dynamo.maybe_mark_dynamic(keys, 0)
+        call = partial(self._step, self.model, torch.tensor(ids, device=self.device)[:, None], Places(torch.tensor(at, device=self.device), keys), self.k, self.v)
+        with torch.inference_mode(): logits = call() if rows in self.seen or not self.compiled else self._first(rows, call)
+        self.lengths = [length + 1 for length in self.lengths]
+        return logits[:n]
+
+    def _first(self, rows: int, call: Any) -> Tensor:
+        "The first call with so many rows: it compiles."
+        self.seen.add(rows)
+        with torch._dynamo.config.patch(recompile_limit=64): logits: Tensor = call()
+        return logits
+
+    def _slide(self, row: int) -> None:
+        "A full row drops the older half of its window; its last token is read again in the step to come."
+        seen = (self.active[row].ids + self.active[row].tokens)[-max(1, self.context // 2):-1]
+        if seen: self._prefill(row, seen)
+        else: self.lengths[row] = 0
+
+    def _take(self, first: int, logits: Tensor) -> list[Piece]:
+        "Draw for as many rows as there are logits, hand out their text, free those that are done."
+        pieces = list[Piece]()
+        for i in reversed(range(len(logits))):  # from the end: a row that is freed moves only those that are done
+            request = self.active[first + i]
+            token = self._draw(request, logits[i:i + 1])
+            text = request.take(token)
+            pieces.append(Piece(request, text, bool(request.finish)))
+            if request.finish: self._free(first + i)
+        return pieces[::-1]
+
+    def _draw(self, request: Request, logits: Tensor) -> int:
+        "One token of one request."
+        check_logits(logits)
+        eos = self.tokenizer.eos_id if self.tokenizer.eos_id in request.eos else None
+        allowed = logits.index_fill(-1, self.silent[eos], -torch.inf)
+        drawn, dials = len(request.tokens), request.sampler
+        history = request.history[None, :len(request.ids) + drawn]
+        if dials.temperature == 0 and drawn >= len(dials.forced): token = int(dials.adjust(allowed, history, drawn).argmax())
+        else: token = int(draw(dials(allowed, history, drawn), [request.rng]))
+        if request.alternatives >= 0: request.note(logits[0], token)
+        return token
+
+    def _free(self, row: int) -> None:
+        "The last row moves into the place of one that is done, so that the active ones stay together."
+        last, n = len(self.active) - 1, self.lengths[-1]
+        if row != last:
+            for t in (*self.k, *self.v): t[row, :, :n] = t[last, :, :n]
+        self.active[row], self.lengths[row] = self.active[last], n
+        self.active.pop(); self.lengths.pop()
+
+# %% ../nbs/56_engine.ipynb #en-bench2
+SHAPES = {
+    "124M": ModelConfig(vocab_size=50257, context=1024, dim=768, n_layers=12, n_heads=12, norm="layernorm", positions="learned", activation="gelu", bias=True),
+    "10M": ModelConfig(vocab_size=4096, context=1024, dim=384, n_layers=5, n_heads=6),
+}
+
+def read_rate(
+    n_bytes: int = 2**28,  # how much to read; far more than any cache holds
+) -> Callable[[], float]:  # measures once: bytes per second
+    "How fast memory can be read: the sum of a large tensor, in large pages."
+    (big,) = in_large_pages([torch.ones(n_bytes // 4)])
+    def measure() -> float:
+        start = time.perf_counter(); big.sum()
+        return n_bytes / (time.perf_counter() - start)
+    return measure
+
+def decode_speed(
+    shape: str,  # one of `SHAPES`
+    weights: Weights | None,  # see `Engine`
+    batch: int = 1,  # texts side by side
+    compile: bool = True,  # see `Engine`
+    prompt: int = 64,  # tokens in each prompt
+    tokens: int = 48,  # to write
+) -> dict[str, float]:  # tokens_per_s of the batch; first_s, time to the first token of one text; share of the floor; read_gbs
+    "Greedy decoding with a model of random weights, timed step by step."
+    torch.manual_seed(0)
+    V, planes = SHAPES[shape].vocab_size, 0x10000  # a vocabulary of as many characters
+    engine = Engine(LanguageModel(SHAPES[shape]), CharTokenizer.train("".join(map(chr, range(planes, planes + V - 4)))), batch, compile=compile, weights=weights)
+    def ask() -> float:
+        start = time.perf_counter(); engine.submit(list(range(5, 5 + prompt)), tokens, temperature=0)
+        engine._admit(engine.waiting.popleft())
+        return time.perf_counter() - start
+    first, rate = [ask() for _ in range(batch)], read_rate()
+    times, rates = list[float](), list[float]()
+    while len(engine.active) == batch:
+        start = time.perf_counter(); engine.step(); times.append(time.perf_counter() - start)
+        if len(times) % 8 == 0: rates.append(rate())  # in between: the speed of memory changes with what else the machine does
+    second, read = statistics.median(times[3:]), statistics.median(rates)
+    return {"tokens_per_s": batch / second, "first_s": first[-1], "share": bytes_per_token(engine.model) / read / second, "read_gbs": read / 1e9}
+
+# %% ../nbs/56_engine.ipynb #en-growth
+def decode_growth(
+    spans: Sequence[int] = (64, 256, 1024, 2048, 4096, 8192),  # tokens of context
+    whole: int = 2048,  # without a cache: as far as this
+) -> dict[str, list[float]]:  # tokens; seconds a token with the cache, and without as far as that goes
+    "How the cost of one token of the 10M shape grows with the text before it."
+    torch.manual_seed(0)
+    model = LanguageModel(SHAPES["10M"].model_copy(update={"context": max(spans) + 16})).eval()
+    engine = Engine(model, CharTokenizer.train("".join(map(chr, range(0x10000, 0x10000 + 4092)))), 1, compile=True)
+    engine.submit([5], max(spans), temperature=0); engine.step()
+    cached, uncached = list[float](), list[float]()
+    for span in spans:
+        times = list[float]()
+        for _ in range(9):
+            engine.lengths = [span - 1]  # what the cache holds does not matter for the time
+            start = time.perf_counter(); engine.step(); times.append(time.perf_counter() - start)
+        cached.append(statistics.median(times))
+        if span > whole: continue
+        start = time.perf_counter()
+        with torch.inference_mode(): model.head(model.hidden(torch.zeros(1, span, dtype=torch.int64))[:, -1])
+        uncached.append(time.perf_counter() - start)
+    return {"spans": list(spans), "cached": cached, "uncached": uncached}
+
+# %% ../nbs/56_engine.ipynb #en-bench3
+PEER = """
+import json, statistics, sys, time, torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+shape, dtype, batch, cache, tokens = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "cache", 48
+torch.manual_seed(0)
+model = GPT2LMHeadModel(GPT2Config()) if shape == "124M" else LlamaForCausalLM(LlamaConfig(vocab_size=4096, hidden_size=384, intermediate_size=1024,
+    num_hidden_layers=5, num_attention_heads=6, max_position_embeddings=1024, tie_word_embeddings=True))
+model, stamps = model.to(dtype).eval(), []
+def note(ids, scores): stamps.append(time.perf_counter()); return scores
+start = time.perf_counter()
+model.generate(torch.arange(5, 69).repeat(batch, 1), do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens, use_cache=cache, pad_token_id=0, logits_processor=[note])
+times = [b - a for a, b in zip(stamps, stamps[1:])]
+print(json.dumps({"tokens_per_s": batch / statistics.median(times[3:]), "first_s": stamps[0] - start}))
+"""
+
+def bench_decode(
+    pairs: int = 5,  # rounds of whole processes in turn
+    peers: str | None = None,  # a Python that has transformers; None: this one
+    only: str = "",  # a part of the names of the settings to measure; all by default
+) -> dict[str, Any]:  # setting -> way -> figures; ratios to transformers, pair by pair; the machine
+    "Writing text against `transformers.generate` and against the speed of memory, in alternating processes."
+    def ours(*args: Any) -> list[str]:
+        return [sys.executable, "-c", f"import json; from fundamentallm.engine import decode_speed; print(json.dumps(decode_speed(*{args!r})))"]
+    def theirs(shape: str, dtype: str, batch: int, cache: str = "cache") -> list[str]:
+        return [peers or sys.executable, "-c", PEER, shape, dtype, str(batch), cache]
+    out: dict[str, Any] = {"pairs": pairs, "settings": {}}
+    for shape, batch in (("124M", 1), ("124M", 8), ("10M", 1), ("10M", 8)):
+        if only not in (name := f"{shape}, batch {batch}"): continue
+        ways = {"ours fp32": ours(shape, "fp32", batch), "transformers fp32": theirs(shape, "float32", batch), "ours bf16": ours(shape, "bf16", batch), "transformers bf16": theirs(shape, "bfloat16", batch)}
+        if batch == 1: ways |= {"ours int8": ours(shape, "int8"), "ours int4": ours(shape, "int4"), "ours fp32, not compiled": ours(shape, None, 1, False)}
+        figures = alternate(ways, pairs, watch=True)
+        out["settings"][name] = {"figures": figures, "ratios": {w: compare(figures, w, f"transformers {'bf16' if w == 'ours bf16' else 'fp32'}") for w in ways if w.startswith("ours")}}
+    return out | {"growth": decode_growth()} | machine()

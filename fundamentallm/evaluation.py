@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.float64]
 
 # %% auto #0
 __all__ = ['Floats', 'Evaluation', 'bits_per_byte', 'unigram_entropy', 'bigram_entropy', 'ngram_losses', 'token_losses',
-           'count_bytes', 'standard_error', 'evaluate', 'TokenScores', 'token_scores', 'calibration']
+           'count_bytes', 'count_words', 'standard_error', 'evaluate', 'TokenScores', 'token_scores', 'calibration']
 
 # %% ../nbs/51_evaluation.ipynb #ev-evaluation
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Evaluation:
     tokens: int              # tokens predicted (the first has nothing before it and is not)
     bytes: int               # UTF-8 bytes of those tokens
     stderr: float = math.nan # standard error of the loss, nats per token, see `standard_error`
+    words: int = 0           # words of the predicted text, see `count_words`
+    word_perplexity: float = math.nan  # exp(total loss / words): as uncertain as a fair choice among so many words
 
     def __str__(self) -> str:  # one line for a person
         "One line for a person."
@@ -142,6 +144,21 @@ def count_bytes(
     length[list(tokenizer.specials.values())] = 0
     return sum(int(length[tokens[i:i + 2**20]].sum()) for i in range(0, len(tokens), 2**20))
 
+# %% ../nbs/51_evaluation.ipynb #ev-words
+def count_words(
+    tokenizer: Tokenizer,            # the one that made the tokens
+    tokens: Ids | TokenShards,       # the token stream, (N,)
+    block: int = 2**20,              # tokens at a time; no effect on the result
+) -> int:                            # pieces between white space; one that is only begun or ended in `tokens` counts
+    "The words of the text that tokens stand for; special tokens stand for none."
+    words, inside = 0, False
+    for i in range(0, len(tokens), block):
+        text = tokenizer.decode(tokens[i:i + block], skip_special=True)
+        if not text: continue
+        words += len(text.split()) - (inside and not text[0].isspace())       # a word that goes on is not counted twice
+        inside = not text[-1].isspace()
+    return words
+
 # %% ../nbs/51_evaluation.ipynb #ev-stderr
 def standard_error(
     losses: Floats,    # of the tokens in their order, (N,)
@@ -170,8 +187,9 @@ def evaluate(
     all_bytes = len(text.encode()) if isinstance(text, str) else count_bytes(tokenizer, ids)
     n_bytes = max(1, all_bytes - count_bytes(tokenizer, ids[:1]))
     loss = float(losses.mean())
-    perplexity = math.exp(loss) if loss < 700 else math.inf
-    return Evaluation(loss, perplexity, bits_per_byte(float(losses.sum()), n_bytes), len(losses), n_bytes, standard_error(losses))
+    words = max(1, count_words(tokenizer, ids[1:]))
+    perplexity, per_word = (math.exp(nats) if nats < 700 else math.inf for nats in (loss, float(losses.sum()) / words))
+    return Evaluation(loss, perplexity, bits_per_byte(float(losses.sum()), n_bytes), len(losses), n_bytes, standard_error(losses), words, per_word)
 
 # %% ../nbs/51_evaluation.ipynb #ev-scores
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
@@ -24,8 +24,8 @@ from .kernels.rope import rope
 from .layers import Block, alibi_bias, alibi_slopes, apply_rope, make_norm, rope_tables, sinusoidal_positions
 
 # %% auto #0
-__all__ = ['ModelConfig', 'make_block', 'rotate_heads', 'fused_attention', 'places', 'Positions', 'init_weights', 'LanguageModel',
-           'n_params', 'count_params', 'count_flops', 'flops_per_token']
+__all__ = ['ModelConfig', 'make_block', 'rotate_heads', 'fused_attention', 'Places', 'places', 'one_query', 'Positions',
+           'init_weights', 'LanguageModel', 'n_params', 'count_params', 'count_flops', 'flops_per_token']
 
 # %% ../nbs/31_model.ipynb #e145a966
 def _near(n: int, step: int) -> str:
@@ -154,16 +154,40 @@ def fused_attention(
     return flash_attention(q, k, v, causal=causal, slopes=slopes, impl=impl)
 
 # %% ../nbs/31_model.ipynb #ragged
+class Places(NamedTuple):
+    "Where the texts of a batch stand, each at a place of its own."
+    at: Tensor    # position of the first token of each row, (B,) int64
+    keys: Tensor  # 0, 1, ... up to the last position that anybody looks at, (T_k,) int64
+
 def places(
-    start: int | Tensor,  # position of the first token; (B,) int64 if the rows stand at different ones
+    start: int | Places,  # position of the first token
     T: int,               # tokens
 ) -> slice | Tensor:      # rows of a table of positions: a slice for all, or (B, T)
-    "The positions of T tokens after `start` others."
+    "The positions of T tokens."
     if isinstance(start, int): return slice(start, start + T)
-    return start[:, None] + torch.arange(T, device=start.device)
+    return start.at[:, None] + torch.arange(T, device=start.at.device)
+
+# %% ../nbs/31_model.ipynb #ragged-3
+def one_query(
+    q: Tensor,  # (B, H, 1, D)
+    k: Tensor,  # (B, H_kv, T_k, D)
+    v: Tensor,  # (B, H_kv, T_k, D)
+    *,
+    mask: Tensor,  # (B, 1, 1, T_k) bool, True = may look
+    bias: Tensor | None = None,  # added to the scores, (B, H, 1, T_k)
+) -> Tensor:  # (B, H, 1, D)
+    "Attention of one query a head as multiply and sum, to be compiled; the queries that share a key share its reading."
+    (B, H, _, D), H_kv = q.shape, k.shape[1]
+    groups, wide = range(H // H_kv), torch.promote_types(q.dtype, torch.float32)
+    q = q.to(wide).view(B, H_kv, H // H_kv, 1, D) * D**-0.5
+    scores = torch.stack([(q[:, :, g] * k.to(wide)).sum(-1) for g in groups], 2)  # (B, H_kv, H / H_kv, T_k)
+    if bias is not None: scores = scores + bias.view(B, H_kv, H // H_kv, -1)
+    w = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    return torch.stack([(w[:, :, g, :, None] * v.to(wide)).sum(-2) for g in groups], 2).view(B, H, 1, D).to(v.dtype)
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, dropout: float, mask: Tensor, bias: Tensor | None) -> Tensor:
     "Attention whose mask says everything about who may look at whom."
+    if torch.compiler.is_compiling() and q.shape[2] == 1: return one_query(q, k, v, mask=mask, bias=bias)
     return attention(q, k, v, mask=mask, bias=bias, dropout=dropout)
 
 # %% ../nbs/31_model.ipynb #de6b3b49
@@ -186,7 +210,7 @@ class Positions(nn.Module):
     def add(
         self,
         x: Tensor,  # token embeddings, (B, T, C)
-        start: int | Tensor,  # position of the first; (B,) int64 if the rows stand at different ones
+        start: int | Places,  # position of the first
     ) -> Tensor:  # (B, T, C)
         "Embeddings with their sinusoids, for the sinusoidal kind (Vaswani et al. 2017, 3.4 and 3.5); else as they are."
         return x * x.shape[-1] ** 0.5 + self.table[places(start, x.shape[1])] if self.kind == "sinusoidal" else x
@@ -194,23 +218,22 @@ class Positions(nn.Module):
     def forward(
         self,
         x: Tensor,  # the first block's input, (B, T, C)
-        start: int | Tensor,  # position of the first; (B,) int64 if the rows stand at different ones
+        start: int | Places,  # position of the first
     ) -> tuple[Rotate | None, Attend]:  # a rotation of queries and keys; a way to mix the values
         "What every attention layer needs to know of positions, and by which engine it runs: decided once for all blocks."
-        if isinstance(start, Tensor): return self._ragged(x, start)
+        if isinstance(start, Places): return self._ragged(x, start)
         T, stop = x.shape[1], start + x.shape[1]
         rotate = partial(rotate_heads, cos=self.cos[start:stop], sin=self.sin[start:stop], impl=self.impl) if self.kind == "rope" else None
         if use_triton("flash_attention", self.impl, {"x": x}, self._unsupported()):
             return rotate, partial(fused_attention, slopes=self.slopes if self.kind == "alibi" else None, impl=self.impl)
         return rotate, partial(attention, bias=alibi_bias(self.n_heads, T, stop).to(x)) if self.kind == "alibi" else attention
 
-    def _ragged(self, x: Tensor, start: Tensor) -> tuple[Rotate | None, Attend]:
+    def _ragged(self, x: Tensor, start: Places) -> tuple[Rotate | None, Attend]:
         "The same where each row of the batch stands at a place of its own, and must not look beyond it."
-        T, at = x.shape[1], start[:, None] + torch.arange(x.shape[1], device=x.device)     # (B, T)
-        keys = torch.arange(int(start.max()) + T, device=x.device)
-        mask = keys <= at[:, None, :, None]                                                # (B, 1, T, T_k)
+        at = start.at[:, None] + torch.arange(x.shape[1], device=x.device)                 # (B, T)
+        mask = start.keys <= at[:, None, :, None]                                          # (B, 1, T, T_k)
         rotate = partial(rotate_heads, cos=self.cos[at][:, None], sin=self.sin[at][:, None], impl="torch") if self.kind == "rope" else None
-        bias = (-self.slopes[:, None, None] * (at[:, None, :, None] - keys).abs()).to(x) if self.kind == "alibi" else None
+        bias = (-self.slopes[:, None, None] * (at[:, None, :, None] - start.keys).abs()).to(x) if self.kind == "alibi" else None
         return rotate, partial(_masked, mask=mask, bias=bias)
 
     def _unsupported(self) -> str:  # what the kernel has not; "" = nothing
@@ -306,8 +329,8 @@ class LanguageModel(nn.Module):
         c, like = self.config, self.embed.weight
         return [KVCache(batch, c.kv_heads, length or c.context, c.head_dim, dtype=like.dtype, device=like.device) for _ in self.blocks]
 
-    def _embed(self, ids: Tensor, start: int | Tensor) -> Tensor:  # (B, T) -> (B, T, C)
-        c, stop = self.config, (int(start.max()) if isinstance(start, Tensor) else start) + ids.shape[1]
+    def _embed(self, ids: Tensor, start: int | Places) -> Tensor:  # (B, T) -> (B, T, C)
+        c, stop = self.config, start + ids.shape[1] if isinstance(start, int) else len(start.keys)
         if stop > c.context:
             raise DataError(f"{stop} tokens do not fit a context of {c.context}: keep the last {c.context}, or train with model.context={stop}")
         _check_ids(ids, c.vocab_size)

@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .core import ConfigError, DataError
+from .core import ConfigError, DataError, optional_import
 
 # %% auto #0
 __all__ = ['TOKENIZERS', 'count_ngrams', 'matches', 'tokenize_13a', 'tokenize_unicode', 'Bleu', 'bleu', 'chrf', 'lcs', 'Rouge',
-           'tokenize_ascii', 'rouge', 'bootstrap']
+           'tokenize_ascii', 'rouge', 'score_texts', 'bootstrap']
 
 # %% ../nbs/57_overlap.ipynb #ngrams
 def count_ngrams(
@@ -73,6 +73,31 @@ class Bleu:
     length: int               # tokens of the translations
     reference_length: int     # tokens of the references they were compared with
 
+# %% ../nbs/57_overlap.ipynb #bleucounts
+def _hits(
+    hypotheses: Sequence[str], references: Sequence[Sequence[str]], split: Callable[[str], list[str]], max_n: int
+) -> tuple[list[int], list[int], int, int]:
+    "Runs in common and all runs of the translations, for each length; tokens of the translations and of the references."
+    hits, total, ours_all, theirs_all = [0] * max_n, [0] * max_n, 0, 0
+    for text, rights in zip(hypotheses, references):
+        ours, theirs = split(text), [split(r) for r in rights]
+        ours_all += len(ours); theirs_all += min((abs(len(r) - len(ours)), len(r)) for r in theirs)[1]
+        for n in range(1, max_n + 1):
+            most: Counter[tuple[str, ...]] = Counter()
+            for r in theirs: most |= count_ngrams(r, n)
+            hits[n - 1] += matches(count_ngrams(ours, n), most); total[n - 1] += max(0, len(ours) - n + 1)
+    return hits, total, ours_all, theirs_all
+
+def _smoothed(hits: Sequence[int], total: Sequence[int]) -> list[float]:
+    "Precisions, 0 to 100; the k-th zero becomes half a hit, a quarter, ... (Chen and Cherry 2014, method 3)."
+    precisions, zeros = [0.0] * len(hits), 0
+    for n in range(len(hits)):
+        if not total[n] or not any(hits): break
+        if not hits[n]: zeros += 1
+        precisions[n] = 100 * (hits[n] / total[n] if hits[n] else 1 / (2**zeros * total[n]))
+    return precisions
+
+# %% ../nbs/57_overlap.ipynb #bleufunction
 def bleu(
     hypotheses: Sequence[str],            # what the model wrote, one text each
     references: Sequence[Sequence[str]],  # for each of them, one right text or more
@@ -83,23 +108,12 @@ def bleu(
 ) -> Bleu:                                # score, 0 to 100
     "BLEU of a test set, with exponential smoothing, as sacrebleu computes it (Papineni et al. 2002; Post 2018). Raises DataError, ConfigError."
     _check(hypotheses, references)
-    split, hits, total, lengths = _tokenizer(tokenize), [0] * max_n, [0] * max_n, [0, 0]
-    for text, rights in zip(hypotheses, references):
-        ours, theirs = split(text), [split(r) for r in rights]
-        lengths[0] += len(ours); lengths[1] += min((abs(len(r) - len(ours)), len(r)) for r in theirs)[1]
-        for n in range(1, max_n + 1):
-            most: Counter[tuple[str, ...]] = Counter()
-            for r in theirs: most |= count_ngrams(r, n)
-            hits[n - 1] += matches(count_ngrams(ours, n), most); total[n - 1] += max(0, len(ours) - n + 1)
-    precisions, zeros = [0.0] * max_n, 0
-    for n in range(max_n):
-        if not total[n] or not any(hits): break
-        if not hits[n]: zeros += 1
-        precisions[n] = 100 * (hits[n] / total[n] if hits[n] else 1 / (2**zeros * total[n]))
+    hits, total, ours, theirs = _hits(hypotheses, references, _tokenizer(tokenize), max_n)
+    precisions = _smoothed(hits, total)
     used = [p for p, t in zip(precisions, total) if t] if effective else precisions
-    brevity = 1.0 if lengths[0] >= lengths[1] else math.exp(1 - lengths[1] / lengths[0]) if lengths[0] else 0.0
+    brevity = 1.0 if ours >= theirs else math.exp(1 - theirs / ours) if ours else 0.0
     mean = math.exp(sum(map(math.log, used)) / len(used)) if used and min(used) > 0 and any(hits) else 0.0
-    return Bleu(brevity * mean, precisions, brevity, *lengths)
+    return Bleu(brevity * mean, precisions, brevity, ours, theirs)
 
 # %% ../nbs/57_overlap.ipynb #bleucheck
 def _check(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> None:
@@ -191,6 +205,27 @@ def rouge(
     a, b = tokenize(hypothesis), tokenize(reference)
     runs = {f"rouge{n}": _rouge(matches(count_ngrams(a, n), count_ngrams(b, n)), max(0, len(a) - n + 1), max(0, len(b) - n + 1)) for n in (1, 2)}
     return runs | {"rougeL": _rouge(lcs(a, b), len(a), len(b))}
+
+# %% ../nbs/57_overlap.ipynb #scoretexts
+class _Tokens:
+    "What rouge-score wants in the place of its own tokenizer."
+    tokenize = staticmethod(tokenize_unicode)
+
+def score_texts(
+    hypotheses: Sequence[str],            # what the model wrote, one text each
+    references: Sequence[Sequence[str]],  # for each of them, one right text or more
+    tokenize: str = "13a",                # sacrebleu's tokenizer for BLEU: "13a", "char", "zh", "ja-mecab", ...
+) -> dict[str, float]:                    # BLEU, chrF, chrF++, ROUGE-1, ROUGE-2, ROUGE-L (F1, best reference), 0 to 100
+    "Scores for a table, computed by sacrebleu and rouge-score. Needs the extra `eval`."
+    _check(hypotheses, references)
+    sacre, scorer = optional_import("sacrebleu", "eval"), optional_import("rouge_score.rouge_scorer", "eval")
+    streams = [[r[i] if i < len(r) else None for r in references] for i in range(max(map(len, references)))]
+    found = {"BLEU": sacre.corpus_bleu(hypotheses, streams, tokenize=tokenize).score,
+             "chrF": sacre.corpus_chrf(hypotheses, streams).score, "chrF++": sacre.corpus_chrf(hypotheses, streams, word_order=2).score}
+    kinds = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL"}
+    judge = scorer.RougeScorer(list(kinds.values()), tokenizer=_Tokens)
+    marks = [judge.score_multi(list(rights), text) for text, rights in zip(hypotheses, references)]
+    return found | {name: 100 * sum(float(m[kind].fmeasure) for m in marks) / len(marks) for name, kind in kinds.items()}
 
 # %% ../nbs/57_overlap.ipynb #bootstrap
 def bootstrap(

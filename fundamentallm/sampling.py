@@ -5,26 +5,30 @@
 # %% ../nbs/50_sampling.ipynb #sp-imports
 from __future__ import annotations
 
+import html
+import io
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .attention import KVCache
-from .core import ConfigError, DataError, FundamentaLLMError
+from .core import ConfigError, DataError, FundamentaLLMError, optional_import
 from .model import LanguageModel
 from .tokenizer import Tokenizer
 
 # %% auto #0
-__all__ = ['scale_temperature', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'keep_typical', 'check_sampling', 'check_logits',
-           'probabilities', 'count_tokens', 'penalize_repetition', 'penalize_counts', 'forbid_ngrams',
-           'forbid_sequences', 'Sampler', 'pick', 'row_generators', 'sample', 'draw', 'next_logits', 'stream_batch',
+__all__ = ['scale_temperature', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'keep_typical', 'check_sampling', 'LogitsError',
+           'check_logits', 'probabilities', 'count_tokens', 'penalize_repetition', 'penalize_counts', 'forbid_ngrams',
+           'forbid_sequences', 'Grammar', 'forbid_outside', 'CompiledGrammar', 'regex_grammar', 'json_grammar',
+           'Sampler', 'pick', 'row_generators', 'sample', 'draw', 'next_logits', 'first_bad_layer', 'stream_batch',
            'generate', 'stream', 'encode_prompt', 'suppressed', 'stream_text', 'generate_text', 'TokenProbability',
-           'token_probabilities', 'draw_token_probabilities']
+           'token_probabilities', 'draw_token_probabilities', 'draw_next', 'play']
 
 # %% ../nbs/50_sampling.ipynb #sp-scaletemp
 def scale_temperature(
@@ -94,14 +98,17 @@ def check_sampling(
         if p is not None and not 0 <= p <= 1: raise ConfigError(f"{name} is {p}: it is a probability from 0 to 1; {off} keeps every token")
 
 # %% ../nbs/50_sampling.ipynb #sp-checks1
+class LogitsError(FundamentaLLMError):
+    "Logits that cannot be made into probabilities."
+
 def check_logits(
     logits: Tensor,  # logits, (..., V)
 ) -> None:
-    "Raise a FundamentaLLMError when logits cannot be made into probabilities: NaN, +inf, or nothing but -inf."
+    "Raise a LogitsError when logits cannot be made into probabilities: NaN, +inf, or nothing but -inf."
     highest = logits.amax(-1)   # NaN wins every maximum, so one look at it finds all three troubles
     if not bool(highest.isfinite().all()):
         what = "NaN" if bool(highest.isnan().any()) else "infinite" if bool((highest > 0).any()) else "-inf for every token"
-        raise FundamentaLLMError(f"the model's logits are {what}: its training diverged or its weights are damaged; "
+        raise LogitsError(f"the model's logits are {what}: its training diverged or its weights are damaged; "
                                  "take an earlier checkpoint, or train again with a lower optim.lr")
 
 # %% ../nbs/50_sampling.ipynb #sp-probs
@@ -178,6 +185,110 @@ def forbid_sequences(
         banned[:, last] |= (end == torch.tensor(before, dtype=torch.long, device=history.device)).all(-1)
     return logits.masked_fill(banned, -torch.inf)
 
+# %% ../nbs/50_sampling.ipynb #gr-protocol
+class Grammar(Protocol):
+    "What a text may be. Anything with these two can be the `grammar` of a `Sampler`."
+    eos_id: int  # the token that ends a text
+
+    def allowed(
+        self,
+        drawn: Sequence[int],  # the tokens drawn so far, without the prompt
+    ) -> Tensor:               # (V,) bool: which may come next
+        "A pure function: the same tokens always have the same successors."
+
+def forbid_outside(
+    logits: Tensor,    # (B, V)
+    history: Tensor,   # the tokens so far, (B, T)
+    drawn: int,        # how many of them were drawn, not given
+    grammar: Grammar,  # says which may follow
+) -> Tensor:           # (B, V), what the grammar does not allow at -inf; a row that has ended can only stay ended
+    "Only tokens stay possible with which the text can still become one that the grammar admits (Willard and Louf 2023)."
+    out = torch.full_like(logits, -torch.inf)
+    for row, tokens in enumerate(history[:, history.shape[1] - drawn:].tolist()):
+        if grammar.eos_id in tokens: out[row, grammar.eos_id] = 0; continue
+        may = grammar.allowed(tokens).nonzero()[:, 0].to(logits.device)
+        out[row, may] = logits[row, may]
+    return out
+
+# %% ../nbs/50_sampling.ipynb #gr-ll
+class _Vocabulary:
+    "A tokenizer as llguidance wants to see it."
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.eos_token_id, self.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
+        self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+        self.special_token_ids, self._encode = sorted(tokenizer.specials.values()), tokenizer.encode
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self._encode(text if isinstance(text, str) else text.decode(), "unk")
+
+def _first_fault(error: str) -> str:
+    "The line of a long message that says what is wrong."
+    lines = error.strip().splitlines() or ["unknown"]
+    return next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
+
+# %% ../nbs/50_sampling.ipynb #gr-compiled
+class CompiledGrammar:
+    "A regular expression or a JSON schema over the tokens of a vocabulary; made by `regex_grammar` and `json_grammar`."
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,  # the model's
+        source: str,           # a grammar as llguidance writes it
+        name: str,             # what to call it in an error
+    ) -> None:
+        llguidance = optional_import("llguidance", "grammar")
+        self.eos_id, self.name = tokenizer.eos_id, name
+        self._no_text = suppressed(tokenizer, self.eos_id)
+        words = llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Vocabulary(tokenizer)))
+        self._states: dict[tuple[int, ...], Any] = {(): llguidance.LLMatcher(words, source, log_level=0)}
+        self._start = self._states[()]
+        if self._start.is_error(): raise ConfigError(f"{name} is not one that can be used: {_first_fault(self._start.get_error())}")
+        if not bool(self._mask(()).any()): raise ConfigError(f"{name} admits no text that this tokenizer can write: allow more")
+
+    def allowed(
+        self,
+        drawn: Sequence[int],  # the tokens drawn so far, without the prompt
+    ) -> Tensor:               # (V,) bool: which may come next
+        "Which tokens may follow. DataError if the text is outside the grammar, or if no token of the vocabulary goes on with it."
+        mask = self._mask(tuple(drawn))
+        if not bool(mask.any()): raise DataError(f"{self.name} cannot be continued after {len(drawn)} tokens: no token of this vocabulary fits; allow other characters")
+        return mask
+
+    def _mask(self, drawn: tuple[int, ...]) -> Tensor:
+        state = self._state(drawn)
+        mask = torch.frombuffer(bytearray(state.compute_logit_bias()), dtype=torch.uint8) > 0
+        mask[self._no_text] = False
+        mask[self.eos_id] &= state.is_accepting()     # at a dead end the library allows the end
+        return mask
+
+    def _state(self, drawn: tuple[int, ...]) -> Any:
+        "The parser after these tokens: a copy of the one before the last, if it is still there, moved on."
+        if drawn in self._states: return self._states[drawn]
+        before = self._states.get(drawn[:-1])
+        state = (before or self._start).deep_copy()
+        if not state.consume_tokens(list(drawn[-1:] if before else drawn)): raise DataError(f"{self.name} does not admit the tokens drawn so far: forced tokens and banned ones must agree with it")
+        if len(self._states) >= 1024: self._states.pop(next(iter(self._states)))    # the oldest; it can be made again
+        self._states[drawn] = state
+        return state
+
+# %% ../nbs/50_sampling.ipynb #gr-make
+def regex_grammar(
+    tokenizer: Tokenizer,  # the model's
+    pattern: str,          # a regular expression that the whole continuation must match; no look-around, no back-references
+) -> CompiledGrammar:      # for `Sampler(grammar=...)`
+    "Texts that match a regular expression. ConfigError names what is wrong with it."
+    return CompiledGrammar(tokenizer, optional_import("llguidance", "grammar").LLMatcher.grammar_from_regex(pattern), f"the regular expression {pattern!r}")
+
+def json_grammar(
+    tokenizer: Tokenizer,                # the model's
+    schema: str | Mapping[str, Any],     # a JSON schema, as an object or as text
+) -> CompiledGrammar:                    # for `Sampler(grammar=...)`
+    "Texts that are JSON of a schema, without white space between the parts. ConfigError names what is wrong with it."
+    try: text = json.dumps(dict(json.loads(schema) if isinstance(schema, str) else schema))
+    except (ValueError, TypeError) as e: raise ConfigError(f"the JSON schema is not a JSON object ({e}): give one such as {{'type': 'integer'}}") from None
+    source = optional_import("llguidance", "grammar").LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False})
+    return CompiledGrammar(tokenizer, source, "the JSON schema")
+
 # %% ../nbs/50_sampling.ipynb #sampler
 @dataclass(frozen=True)
 class Sampler:
@@ -194,6 +305,7 @@ class Sampler:
     bias: Mapping[int, float] = field(default_factory=dict)  # token id -> added to its logit
     banned: Sequence[Sequence[int]] = ()  # see `forbid_sequences`
     forced: Sequence[int] = ()       # the tokens that every continuation begins with
+    grammar: Grammar | None = None   # see `forbid_outside`; on the continuation
 
     def __post_init__(self) -> None:
         check_sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.typical_p)
@@ -209,7 +321,7 @@ class Sampler:
         history: Tensor,  # the tokens so far, (B, T); negative where there is none
         drawn: int,       # how many of them were drawn, not given
     ) -> Tensor:          # (B, V)
-        "What is said of particular tokens: bias, penalties, bans. Raises DataError if nothing is left."
+        "What is said of particular tokens: bias, penalties, bans, grammar. Raises DataError if nothing is left."
         V, found = logits.shape[-1], logits.float()
         if self.bias:
             ids = torch.tensor(list(self.bias), device=logits.device)
@@ -219,7 +331,8 @@ class Sampler:
             found = penalize_counts(found, count_tokens(history[:, history.shape[1] - drawn:], V), self.presence_penalty, self.frequency_penalty)
         if self.no_repeat_ngram: found = forbid_ngrams(found, history, self.no_repeat_ngram)
         if self.banned: found = forbid_sequences(found, history, self.banned)
-        if bool((found.amax(-1) == -torch.inf).any()): raise DataError("no token is left that may be drawn: every one is forbidden by banned, bias or no_repeat_ngram; allow more")
+        if self.grammar is not None: found = forbid_outside(found, history, drawn, self.grammar)
+        if bool((found.amax(-1) == -torch.inf).any()): raise DataError("no token is left that may be drawn: every one is forbidden by banned, bias, no_repeat_ngram or the grammar; allow more")
         return found
 
     def __call__(
@@ -293,6 +406,31 @@ def _start(model: LanguageModel, ids: Tensor, max_tokens: int) -> Tensor:
     if max_tokens < 0: raise ConfigError(f"max_tokens is {max_tokens}: it must be 0 or more")
     return ids[:, -model.config.context:].to(next(model.parameters()).device)
 
+# %% ../nbs/50_sampling.ipynb #sick-layer
+def _sick(x: Any) -> bool:
+    "Does a tensor hold NaN or infinity?"
+    return isinstance(x, Tensor) and x.is_floating_point() and not bool(x.isfinite().all())
+
+@torch.inference_mode()
+def first_bad_layer(
+    model: torch.nn.Module,  # any model of chapter 31
+    ids: Tensor,             # a window after which the logits were NaN or infinite, (B, T)
+) -> str:                    # "; it began in blocks.2.ff.down, ...", to be put after a message; "" if all layers are well
+    "Read a window once more and name the first layer that gives NaN or infinity, and whether its weights are to blame."
+    found: list[str] = []
+    def watch(name: str, module: torch.nn.Module) -> list[Any]:
+        def before(_: Any, args: tuple[Any, ...]) -> None:
+            if not found and args and _sick(args[0]): found.append(f"before {name}, whose input holds such a number")
+        def after(_: Any, __: Any, out: Any) -> None:
+            bad = [k for k, p in module.named_parameters(recurse=False) if _sick(p)]
+            if not found and _sick(out): found.append(f"in {name}, " + (f"whose {bad[0]} holds such a number" if bad else "whose weights are finite: the numbers grew too large"))
+        return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    hooks = [h for name, m in model.named_modules() if name for h in watch(name, m)]
+    try: model(ids)
+    finally:
+        for h in hooks: h.remove()
+    return f"; it began {found[0]}" if found else ""
+
 # %% ../nbs/50_sampling.ipynb #sp-steps
 def stream_batch(
     model: LanguageModel,         # any model of chapter 31
@@ -311,7 +449,8 @@ def stream_batch(
     for drawn in range(max_tokens):
         logits = next_logits(model, fresh if use_cache else window, cache)
         if suppress: logits = logits.index_fill(-1, torch.tensor(suppress, device=logits.device), -torch.inf)
-        new = draw(sampler(logits, history, drawn), rngs)
+        try: new = draw(sampler(logits, history, drawn), rngs)
+        except LogitsError as e: raise LogitsError(f"{e}{first_bad_layer(model, window)}") from None
         yield new
         fresh = new[:, None]
         window, history = torch.cat([window, fresh], 1), torch.cat([history, fresh], 1)
@@ -320,17 +459,23 @@ def stream_batch(
             for layer in cache or (): layer.reset()
 
 # %% ../nbs/50_sampling.ipynb #sp-generate
+def _end(eos_id: int | None, how: Mapping[str, Any]) -> int | None:
+    "The token that ends a text: the one asked for, else the grammar's, if there is one."
+    grammar = how.get("grammar")
+    return eos_id if eos_id is not None or grammar is None else int(grammar.eos_id)
+
 def generate(
     model: LanguageModel,     # any model of chapter 31
     ids: Tensor,              # the prompt, (T,), or prompts of one length, (B, T)
     max_tokens: int,          # how many tokens to draw
     *,
-    eos_id: int | None = None,# a row ends at this token and is filled up with it
+    eos_id: int | None = None,# a row ends at this token and is filled up with it; None: the grammar's, if there is one
     num_samples: int = 1,     # how many continuations of each prompt
     **how: Any,               # temperature, top_k, top_p, seed, suppress, use_cache: see `stream_batch`
 ) -> Tensor:                  # prompts and continuations, (B * num_samples, T + up to max_tokens)
     "Continue prompts. The samples of one prompt stand together, in order."
     if num_samples < 1: raise ConfigError(f"num_samples is {num_samples}: it must be 1 or more")
+    eos_id = _end(eos_id, how)
     ids = (ids if ids.ndim > 1 else ids[None]).repeat_interleave(num_samples, 0)
     out, ended = [ids], torch.zeros(len(ids), dtype=torch.bool)
     for new in stream_batch(model, ids, max_tokens, **how):
@@ -348,10 +493,11 @@ def stream(
     ids: Sequence[int],       # the prompt, at least one token
     max_tokens: int,          # how many tokens to draw at the most
     *,
-    eos_id: int | None = None,# stop before this token
+    eos_id: int | None = None,# stop before this token; None: the grammar's, if there is one
     **how: Any,               # temperature, top_k, top_p, seed, suppress, use_cache: see `stream_batch`
 ) -> Iterator[int]:           # one token id at a time, as it is drawn
     "Continue one prompt and hand out each token at once."
+    eos_id = _end(eos_id, how)
     for new in stream_batch(model, torch.tensor([list(ids)], dtype=torch.long), max_tokens, **how):
         token = int(new[0])
         if token == eos_id: return
@@ -360,11 +506,12 @@ def stream(
 # %% ../nbs/50_sampling.ipynb #sp-textio
 def encode_prompt(
     tokenizer: Tokenizer,  # the model's
-    prompt: str,           # at least one character
+    prompt: str,           # any text; an empty one begins with `<bos>`
 ) -> list[int]:            # token ids, at least one
     "A prompt as token ids; a DataError names the character the vocabulary does not have."
-    if not prompt: raise DataError("the prompt is empty: give the text to continue, at least one character (a line break will do)")
-    return tokenizer.encode(prompt)
+    if prompt: return tokenizer.encode(prompt)
+    if tokenizer.bos_id is None: raise DataError("the prompt is empty and this tokenizer has no <bos> to begin with: give at least one character (a line break will do)")
+    return [tokenizer.bos_id]
 
 # %% ../nbs/50_sampling.ipynb #sp-textio1
 def suppressed(
@@ -387,6 +534,7 @@ def stream_text(
 ) -> Iterator[str]:           # pieces of the continuation, without the prompt
     "Continue a text and hand out each piece as soon as it is whole (a character may take several tokens)."
     waiting: list[int] = []
+    eos_id = _end(eos_id, how)
     ids, suppress = encode_prompt(tokenizer, prompt), suppressed(tokenizer, eos_id)
     for token in stream(model, ids, max_tokens, eos_id=eos_id, suppress=suppress, **how):
         waiting.append(token)
@@ -408,7 +556,7 @@ def generate_text(
     **how: Any,               # temperature, top_k, top_p, seed, use_cache: see `stream_batch`
 ) -> list[str]:               # the prompt with its continuation, num_samples times
     "Continue a text several times over."
-    ids = torch.tensor(encode_prompt(tokenizer, prompt), dtype=torch.long)
+    ids, eos_id = torch.tensor(encode_prompt(tokenizer, prompt), dtype=torch.long), _end(eos_id, how)
     out = generate(model, ids, max_tokens, num_samples=num_samples, eos_id=eos_id, suppress=suppressed(tokenizer, eos_id), **how)
     return [prompt + tokenizer.decode(row, skip_special=True) for row in out[:, len(ids):].tolist()]
 
@@ -436,7 +584,7 @@ def token_probabilities(
         logits = _all_logits(model, ids[None, start:hi - 1])[lo - 1 - start:].float()  # (hi - lo, V)
         own = logits.gather(-1, ids[lo:hi, None])                                     # (hi - lo, 1)
         probs, ranks = (own - logits.logsumexp(-1, keepdim=True)).exp(), (logits > own).sum(-1) + 1
-        out += [TokenProbability(tokenizer.token(int(i)), float(p), int(r)) for i, p, r in zip(ids[lo:hi], probs, ranks)]
+        out += [TokenProbability(tokenizer.decode([int(i)]), float(p), int(r)) for i, p, r in zip(ids[lo:hi], probs, ranks)]
     return out
 
 # %% ../nbs/50_sampling.ipynb #sp-alllogits
@@ -469,5 +617,57 @@ def draw_token_probabilities(
     for r, c, char, prob in cells:
         ax.text(c, r, char, ha="center", va="center", family="monospace", fontsize=9, color="white" if prob > 0.6 else "black")
     ax.set_axis_off()
-    ax.figure.colorbar(image, ax=ax, orientation="horizontal", label="probability the model gave the character", aspect=50, fraction=0.06)
+    ax.figure.colorbar(image, ax=ax, orientation="horizontal", label="probability the model gave the token", aspect=50, fraction=0.06)
     return ax
+
+# %% ../nbs/50_sampling.ipynb #play-draw
+def draw_next(
+    model: LanguageModel,  # any model of chapter 31
+    tokenizer: Tokenizer,  # the one it was trained with
+    prompt: str,           # the text so far
+    top: int = 15,         # how many tokens to show, the most probable first
+    **dials: Any,          # see `Sampler`
+) -> Any:                  # matplotlib axes
+    "The next token's probabilities, before and after the dials."
+    import matplotlib.pyplot as plt
+    ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=next(model.parameters()).device)
+    logits = next_logits(model, ids[:, -model.config.context:]).index_fill(-1, torch.tensor(suppressed(tokenizer, None), device=ids.device), -torch.inf)
+    before, after = logits.float().softmax(-1)[0].cpu(), Sampler(**dials)(logits, ids)[0].cpu()
+    best = before.topk(min(top, len(before))).indices
+    _, ax = plt.subplots(figsize=(7, 3))
+    ax.bar(range(len(best)), before[best], color="0.8", label="the model"); ax.bar(range(len(best)), after[best], width=0.5, label="after the dials")
+    ax.set_xticks(range(len(best)), [repr(tokenizer.decode([int(i)]))[1:-1].replace(" ", "␣").replace("$", r"\$") for i in best], rotation=60)
+    ax.set(xlabel="next token, most probable first", ylabel="probability", title=f"{int((after > 0).sum())} of {len(after):,} tokens possible"); ax.legend()
+    return ax
+
+# %% ../nbs/50_sampling.ipynb #play-png
+def _png(draw: Callable[[], Any]) -> bytes:
+    "The picture that a drawing function makes, as a PNG; the figure is closed."
+    import matplotlib.pyplot as plt
+    with plt.ioff():
+        figure, data = draw().figure, io.BytesIO()
+        figure.savefig(data, format="png"); plt.close(figure)
+    return data.getvalue()
+
+_DIALS = (("temperature", 0.0, 3.0, 1.0), ("top_k", 0, 100, 0), ("top_p", 0.0, 1.0, 1.0), ("min_p", 0.0, 1.0, 0.0), ("typical_p", 0.0, 1.0, 1.0), ("repetition_penalty", 0.5, 2.0, 1.0))
+
+def play(
+    model: LanguageModel,   # any model of chapter 31
+    tokenizer: Tokenizer,   # the one it was trained with
+    prompt: str,            # the text to begin with; it can be changed
+    max_tokens: int = 60,   # length of the sample
+    seed: int = 0,          # of the sample: the same dart for every setting of the dials
+) -> Any:                   # an ipywidgets.VBox: a prompt, the sliders, a picture, a sample
+    "Dials to turn: the distribution of the next token and a sample follow. Needs the extra `notebook`."
+    w = optional_import("ipywidgets", "notebook")
+    sliders = {name: (w.IntSlider if name == "top_k" else w.FloatSlider)(value=at, min=lo, max=hi, step=1 if name == "top_k" else 0.05, description=name,
+                                                                        continuous_update=False, style={"description_width": "initial"}) for name, lo, hi, at in _DIALS}
+    text, picture, sample = w.Text(prompt, description="prompt", continuous_update=False), w.Image(format="png"), w.HTML()
+    def show(_: Any = None) -> None:
+        dials = {name: s.value for name, s in sliders.items()}
+        try: picture.value, written = _png(lambda: draw_next(model, tokenizer, text.value, **dials)), generate_text(model, tokenizer, text.value, max_tokens, seed=seed, **dials)[0]
+        except FundamentaLLMError as e: written = f"{e}"
+        sample.value = f"<pre style='white-space: pre-wrap'>{html.escape(written)}</pre>"
+    for control in (text, *sliders.values()): control.observe(show, "value")
+    show()
+    return w.VBox([text, w.GridBox(list(sliders.values()), layout=w.Layout(grid_template_columns="repeat(3, auto)")), picture, sample])

@@ -5,6 +5,7 @@
 # %% ../nbs/54_search.ipynb #se-imports
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,27 +51,35 @@ class Beam:
 
 @dataclass
 class _Group:
-    "Beams that compete with one another."
-    texts: list[list[int]]
+    "Texts that compete with one another."
+    texts: list[list[int]]               # still running, n
     scores: Tensor                       # ln p of each, (n,)
-    done: list[Beam] = field(default_factory=list)
-    open: bool = True
+    done: list[Beam] = field(default_factory=list)  # the best n that have ended, best first
+    open: bool = True                    # could a running text still get in?
 
 # %% ../nbs/54_search.ipynb #step
-def _step(g: _Group, total: Tensor, log_p: Tensor, length: int, last: bool, eos_id: int | None, penalty: float) -> tuple[list[tuple[int, int]], list[int]]:
-    "Extend a group by a token: finish what ends, keep the best of the rest. Returns (row in the group, token) of each that runs on; the tokens of the best k."
-    k, V = len(g.texts), total.shape[1]
-    values, flat = total.flatten().topk(min(2 * k, total.numel()))
-    children = [(i // V, i % V) for v, i in zip(values.tolist(), flat.tolist()) if v > -torch.inf]
-    ends = [last or token == eos_id for _, token in children]
-    logs = [float(g.scores[row] + log_p[row, token]) for row, token in children]
-    for (row, token), end, log in list(zip(children, ends, logs))[:k]:
-        if end and g.open: g.done.append(Beam([*g.texts[row], token], log, log / length**penalty))
-    g.done = sorted(g.done, key=lambda b: -b.score)[:k]
-    on = [(child, log) for child, end, log in zip(children, ends, logs) if not end][:k]
-    on += [((0, 0), -torch.inf)] * (k - len(on))                       # fewer children than beams: rows that cannot win
-    g.texts, g.scores = [[*g.texts[row], token] for (row, token), _ in on], torch.tensor([log for _, log in on])
-    return [child for child, _ in on], [token for _, token in children[:k]]
+def _children(g: _Group, log_p: Tensor, price: Tensor) -> list[tuple[int, int, float]]:
+    "Row, token and ln p of the best 2n children of a group, best first; the price of a token decides its place only."
+    n, V = log_p.shape
+    values, flat = (g.scores[:, None] + log_p - price).flatten().topk(min(2 * n, n * V))
+    at = [divmod(i, V) for v, i in zip(values.tolist(), flat.tolist()) if v > -torch.inf]
+    return [(row, token, float(g.scores[row] + log_p[row, token])) for row, token in at]
+
+def _grow(g: _Group, children: list[tuple[int, int, float]], eos_id: int | None, last: bool, power: float) -> list[tuple[int, int]]:
+    "Finish what ends among the first n children, keep the best n of the others. Returns the row and the token of each that runs on."
+    n, texts = len(g.texts), [[*g.texts[row], token] for row, token, _ in children]
+    ends = [last or token == eos_id for _, token, _ in children]
+    if g.open:
+        g.done += [Beam(t, log, log / len(t)**power) for t, (_, _, log), end in list(zip(texts, children, ends))[:n] if end]
+        g.done = sorted(g.done, key=lambda b: -b.score)[:n]
+    on = [(t, row, token, log) for t, (row, token, log), end in zip(texts, children, ends) if not end][:n]
+    on += [([], 0, 0, -torch.inf)] * (n - len(on))                     # fewer children than rows: some that cannot win
+    g.texts, g.scores = [t for t, *_ in on], torch.tensor([log for *_, log in on])
+    return [(row, token) for _, row, token, _ in on]
+
+def _close(g: _Group, length: int, power: float) -> None:
+    "A group whose best running text would be no better at this length than its worst finished one is done."
+    if len(g.done) == len(g.texts) and float(g.scores.max()) / length**power <= g.done[-1].score: g.open = False
 
 # %% ../nbs/54_search.ipynb #beamsearch
 @torch.inference_mode()
@@ -86,44 +95,64 @@ def beam_search(
     groups: int = 1,                # of width / groups texts each, which avoid one another's tokens
     diversity: float = 0.0,         # what a token costs for each earlier group that chose it at this step, nats
     suppress: Sequence[int] = (),   # token ids that never occur
-    tree: list[list[Beam]] | None = None,  # gets, for every step, the texts that were kept, finished or running
-) -> list[Beam]:                    # the best `width` texts, best first
+    tree: list[list[Beam]] | None = None,  # gets, for every step and group, the texts that were kept, finished or running
+) -> list[Beam]:                    # the best `width` texts, best first; fewer if there are fewer
     "The most probable continuations that a beam finds (Lowerre 1976; Vijayakumar et al. 2018). Raises ConfigError, DataError."
-    _check(model, ids, max_tokens, width, groups, diversity)
-    n = width // groups
+    _check(model, ids, max_tokens, width, eos_id, suppress); _check_beam(width, groups, diversity, length_penalty)
+    n, longest = width // groups, max_tokens if patient and length_penalty > 0 else 0
     teams = [_Group([[] for _ in range(n)], torch.tensor([0.0] + [-torch.inf] * (n - 1))) for _ in range(groups)]
-    first = model.new_cache(1, ids.numel() + max_tokens)
-    logits = next_logits(model, ids[None].to(model.embed.weight.device), first).expand(width, -1)
-    cache = spread(model, first, width)
+    logits, cache = _prefill(model, ids, max_tokens, width)
     for length in range(1, max_tokens + 1):
-        check_logits(logits)
-        log_p = logits.float().log_softmax(-1).cpu()                                      # (width, V)
-        if suppress: log_p[:, list(suppress)] = -torch.inf
-        chosen, on = torch.zeros(log_p.shape[1]), list[tuple[int, int]]()
-        for i, g in enumerate(teams):
-            mine = log_p[i * n:(i + 1) * n]
-            before = {id(b) for b in g.done}
-            next_, said = _step(g, g.scores[:, None] + mine - diversity * chosen, mine, length, length == max_tokens, eos_id, length_penalty)
-            for token in said: chosen[token] += 1
-            on += [(i * n + row, token) for row, token in next_]
-            bound = max_tokens if patient and length_penalty > 0 else length
-            if len(g.done) == n and float(g.scores[0]) / bound**length_penalty <= g.done[-1].score: g.open = False
-            if tree is not None: tree.append([*(b for b in g.done if id(b) not in before), *(Beam(t, s, s / length**length_penalty) for t, s in zip(g.texts, g.scores.tolist()) if s > -torch.inf)])
+        log_p, price, on = _log_probs(logits, suppress), torch.zeros(logits.shape[-1]), list[tuple[int, int]]()
+        for first, g in zip(range(0, width, n), teams):
+            children = _children(g, log_p[first:first + n], diversity * price)
+            if g.open: price += torch.bincount(torch.tensor([token for _, token, _ in children[:n]]), minlength=len(price))
+            on += [(first + row, token) for row, token in _grow(g, children, eos_id, length == max_tokens, length_penalty)]
+            _close(g, max(length, longest), length_penalty)
+            if tree is not None: tree.append(_kept(g, length, length_penalty))
         if length == max_tokens or not any(g.open for g in teams): break
-        follow(cache, torch.tensor([row for row, _ in on], device=logits.device))
-        logits = next_logits(model, torch.tensor([[token] for _, token in on], device=logits.device), cache)
+        rows, tokens = torch.tensor(on, device=logits.device).T
+        follow(cache, rows)
+        logits = next_logits(model, tokens[:, None], cache)
     return sorted((b for g in teams for b in g.done), key=lambda b: -b.score)
 
+# %% ../nbs/54_search.ipynb #parts
+def _prefill(model: LanguageModel, ids: Tensor, max_tokens: int, width: int) -> tuple[Tensor, list[KVCache]]:
+    "Read the prompt once: the logits of what follows, (width, V), and a cache with a row for each text."
+    first = model.new_cache(1, ids.numel() + max_tokens)
+    logits = next_logits(model, ids[None].to(model.embed.weight.device), first)
+    return logits.expand(width, -1), spread(model, first, width)
+
+def _log_probs(logits: Tensor, suppress: Sequence[int]) -> Tensor:
+    "Log-probabilities on the CPU, (B, V), tokens that must not occur at -inf. Raises where no token is left."
+    check_logits(logits)
+    log_p = logits.float().log_softmax(-1).cpu()
+    if suppress: log_p[:, list(suppress)] = -torch.inf
+    if bool((log_p.amax(-1) == -torch.inf).any()): raise DataError("no token is left that may occur: suppress forbids every one; allow more")
+    return log_p
+
+def _kept(g: _Group, length: int, power: float) -> list[Beam]:
+    "The texts of a group that have this length, finished or running."
+    running = [Beam(t, log, log / length**power) for t, log in zip(g.texts, g.scores.tolist()) if log > -torch.inf]
+    return [b for b in g.done if len(b.ids) == length] + running
+
 # %% ../nbs/54_search.ipynb #check
-def _check(model: LanguageModel, ids: Tensor, max_tokens: int, width: int, groups: int, diversity: float) -> None:
+def _check(model: LanguageModel, ids: Tensor, max_tokens: int, width: int, eos_id: int | None, suppress: Sequence[int]) -> None:
     "Raise where a search cannot be."
+    context, V = model.config.context, model.config.vocab_size
     if ids.ndim != 1 or not ids.numel(): raise DataError(f"the prompt has shape {tuple(ids.shape)}: a search continues one text, (T,), of at least one token")
     if max_tokens < 1: raise ConfigError(f"max_tokens is {max_tokens}: it must be 1 or more")
-    if ids.numel() + max_tokens > model.config.context:
-        raise DataError(f"{ids.numel()} tokens and {max_tokens} more do not fit the context of {model.config.context}: shorten the prompt, or ask for {max(0, model.config.context - ids.numel())}")
-    if width < 1: raise ConfigError(f"width is {width}: it must be 1 or more")
+    if (room := context - ids.numel()) < max_tokens:
+        raise DataError(f"{ids.numel()} tokens and {max_tokens} more do not fit the context of {context}: shorten the prompt" + (f", or ask for {room}" if room > 0 else ""))
+    if width < 1: raise ConfigError(f"the width is {width}: it must be 1 or more")
+    for name, token in [("eos_id", eos_id), *(("suppress", i) for i in suppress)]:
+        if token is not None and not 0 <= token < V: raise ConfigError(f"{name} has the token {token}: this model's are 0 to {V - 1}")
+
+def _check_beam(width: int, groups: int, diversity: float, length_penalty: float) -> None:
+    "Raise where the settings of a beam are out of their range."
     if groups < 1 or width % groups: raise ConfigError(f"width={width} cannot be shared by groups={groups}: make it a multiple")
-    if not diversity >= 0: raise ConfigError(f"diversity is {diversity}: it must be 0 or more")
+    if not 0 <= diversity < math.inf: raise ConfigError(f"diversity is {diversity}: it must be 0 (none) or more; 0.5 to 2 is usual")
+    if not abs(length_penalty) <= 10: raise ConfigError(f"length_penalty is {length_penalty}: it must be from -10 to 10; 0 is none, 0.6 to 1 is usual")
 
 # %% ../nbs/54_search.ipynb #drawtree
 def draw_tree(
@@ -134,52 +163,52 @@ def draw_tree(
 ) -> Any:                            # the axes
     "A beam search as a tree: steps to the right, ranks downwards, each node with the token it adds."
     import matplotlib.pyplot as plt
-    if ax is None: _, ax = plt.subplots(figsize=(min(12.0, 1.2 + 0.55 * len(tree)), 0.6 + 0.42 * max(map(len, tree))))
     winner = tuple((best or max(tree[-1], key=lambda b: b.score)).ids)
     place: dict[tuple[int, ...], tuple[int, int]] = {(): (0, 0)}
     for step, kept in enumerate(tree, 1):
         for rank, b in enumerate(sorted(kept, key=lambda b: -b.score)): place.setdefault(tuple(b.ids), (step, rank))
+    label = {ids: tokenizer.token(ids[-1]).replace("\n", "⏎").replace(" ", "␣") for ids in place if ids}
+    high, wide = max(map(len, tree)), max(map(len, label.values()))
+    if ax is None: _, ax = plt.subplots(figsize=(min(12.0, 1.2 + (0.35 + 0.08 * wide) * len(tree)), 0.9 + 0.42 * high))
     for ids, (x, y) in place.items():
         strong = ids == winner[:len(ids)]
-        if ids and ids[:-1] in place: ax.plot([place[ids[:-1]][0], x], [place[ids[:-1]][1], y], color="C1" if strong else "0.75", lw=2.5 if strong else 1, zorder=1)
-        if ids: ax.text(x, y, tokenizer.token(ids[-1]).replace("\n", "⏎").replace(" ", "␣"), ha="center", va="center", family="monospace", fontsize=9, zorder=2,
-                        bbox=dict(boxstyle="round,pad=0.2", fc="C1" if strong else "white", ec="0.75", alpha=0.9))
+        if ids[:-1] in place: ax.plot([place[ids[:-1]][0], x], [place[ids[:-1]][1], y], color="C1" if strong else "0.6", lw=2.5 if strong else 1, zorder=1 + strong)
+        if ids: ax.text(x, y, label[ids], ha="center", va="center", family="monospace", fontsize=9, color="black", zorder=3, bbox=dict(boxstyle="round,pad=0.25", fc="C1" if strong else "white", ec="0.6"))
     ax.plot(0, 0, "o", color="0.4"); ax.invert_yaxis(); ax.grid(False)
-    ax.set(xlabel="step", ylabel="rank", yticks=range(max(map(len, tree))), yticklabels=range(1, max(map(len, tree)) + 1))
+    ax.set(xlabel="step", ylabel="rank", yticks=range(high), yticklabels=range(1, high + 1), xticks=range(len(tree) + 1))
     return ax
 
 # %% ../nbs/54_search.ipynb #contrastive
+def _contrast(p: Tensor, new: Tensor, states: Tensor, alpha: float) -> int:
+    "Which of k candidates is probable, p (k,), and has a state, new (k, C), unlike all states so far (T, C) (Su et al. 2022, eq. 5)."
+    new, states = (torch.nn.functional.normalize(t.float(), dim=-1) for t in (new, states))
+    return int(((1 - alpha) * p - alpha * (new @ states.mT).amax(-1)).argmax())
+
 @torch.inference_mode()
 def contrastive_search(
     model: LanguageModel,          # any model of chapter 31
     ids: Tensor,                   # the prompt, (T,), T >= 1; it and max_tokens must fit the context
-    max_tokens: int,               # tokens to add
+    max_tokens: int,               # the most tokens to add, 1 or more
     *,
     k: int = 5,                    # candidates a step
     alpha: float = 0.6,            # weight of the penalty, 0 (greedy) to 1
     eos_id: int | None = None,     # stop after this token
     suppress: Sequence[int] = (),  # token ids that are never chosen
 ) -> Tensor:                       # the continuation, (up to max_tokens,)
-    "At each step the candidate that is probable and unlike all states before it (Su et al. 2022, eq. 5). Raises ConfigError, DataError."
-    _check(model, ids, max_tokens, k, 1, 0.0)
+    "At each step the candidate that is probable and unlike all states before it (Su et al. 2022). Raises ConfigError, DataError."
+    _check(model, ids, max_tokens, k, eos_id, suppress)
     if not 0 <= alpha <= 1: raise ConfigError(f"alpha is {alpha}: it must be from 0 (greedy) to 1")
-    k, was_training, device = min(k, model.config.vocab_size), model.training, model.embed.weight.device
+    k, was_training, out = min(k, model.config.vocab_size), model.training, list[int]()
     model.eval()
     try:
         first = model.new_cache(1, ids.numel() + max_tokens)
-        states = model.hidden(ids[None].to(device), first)[0]                  # (T, C)
-        cache, out, logits = spread(model, first, k), list[int](), model.head(states[-1])
-        for _ in range(max_tokens):
-            check_logits(logits)
-            if suppress: logits[list(suppress)] = -torch.inf
-            top = logits.float().softmax(-1).topk(k)
-            new = model.hidden(top.indices[:, None], cache)[:, 0]               # (k, C)
-            unit = torch.nn.functional.normalize(torch.cat([states, new]).float(), dim=-1)
-            alike = (unit[-k:] @ unit[:-k].mT).amax(-1)                         # (k,)
-            best = int(((1 - alpha) * top.values - alpha * alike).argmax())
-            out.append(int(top.indices[best]))
-            if out[-1] == eos_id: break
-            states, logits = torch.cat([states, new[best:best + 1]]), model.head(new[best])
-            follow(cache, torch.full((k,), best, device=device))
+        states = model.hidden(ids[None].to(model.embed.weight.device), first)[0]      # (T, C)
+        cache = spread(model, first, k)
+        while len(out) < max_tokens and (not out or out[-1] != eos_id):
+            top = _log_probs(model.head(states[-1:]), suppress).exp().topk(k)         # (1, k)
+            new = model.hidden(top.indices.mT.to(states.device), cache)[:, 0]         # (k, C)
+            best = _contrast(top.values[0].to(new.device), new, states, alpha)
+            out.append(int(top.indices[0, best])); states = torch.cat([states, new[best:best + 1]])
+            follow(cache, torch.full((k,), best, device=states.device))
     finally: model.train(was_training)
     return torch.tensor(out)

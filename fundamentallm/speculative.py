@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .core import ConfigError, DataError
+from .core import ConfigError, DataError, FundamentaLLMError
 from .model import LanguageModel
-from .sampling import Sampler, pick, row_generators
+from .sampling import Sampler, check_logits, pick, row_generators
 
 # %% auto #0
 __all__ = ['accept_or_redraw', 'Draft', 'PromptLookup', 'Reader', 'DraftModel', 'Tally', 'speculate']
@@ -38,6 +38,8 @@ def accept_or_redraw(
 # %% ../nbs/55_speculative.ipynb #draft
 class Draft(Protocol):
     "Whatever guesses tokens."
+    vocab_size: int  # V, the model's
+
     def guess(
         self,
         ids: list[int],     # the text so far
@@ -50,12 +52,13 @@ class Draft(Protocol):
         ...
 
 class PromptLookup:
-    "Guesses that what followed the last tokens before will follow them again."
+    "Guesses that what followed the last tokens before will follow them again (Saxena 2023)."
     def __init__(
         self,
         vocab_size: int,    # V
-        match: int = 2,     # how many last tokens must have occurred before
+        match: int = 2,     # how many last tokens must have occurred before, 1 or more
     ) -> None:
+        if match < 1: raise ConfigError(f"match is {match}: the last 1 or more tokens must have occurred before")
         self.vocab_size, self.match = vocab_size, match
 
     def guess(
@@ -67,8 +70,8 @@ class PromptLookup:
         rng: np.random.Generator,  # not used
     ) -> tuple[list[int], Tensor]:  # up to n guesses, each with probability 1
         "What followed the last place where these tokens stood."
-        end = ids[-self.match:]
-        at = next((i for i in range(len(ids) - self.match - 1, -1, -1) if ids[i:i + self.match] == end), None) if len(ids) > self.match else None
+        end, places = ids[-self.match:], range(len(ids) - self.match - 1, -1, -1)
+        at = next((i for i in places if ids[i:i + self.match] == end), None)
         found = [] if at is None else ids[at + self.match:at + self.match + n]
         return found, torch.nn.functional.one_hot(torch.tensor(found, dtype=torch.long), self.vocab_size).float()
 
@@ -79,7 +82,14 @@ class Reader:
         self,
         model: LanguageModel,  # any model of chapter 31
     ) -> None:
-        self.model, self.cache, self.seen = model.eval(), model.new_cache(1), list[int]()
+        self.model, self.cache, self.seen = model, model.new_cache(1), list[int]()
+
+    def same(
+        self,
+        ids: Sequence[int],  # the text
+    ) -> int:                # how many of its first tokens are those that the cache has read
+        "How much of the cache still holds."
+        return next((i for i, (a, b) in enumerate(zip(self.seen, ids)) if a != b), min(len(self.seen), len(ids)))
 
     @torch.inference_mode()
     def logits(
@@ -89,20 +99,23 @@ class Reader:
     ) -> Tensor:             # what comes after each of them, (last, V)
         "Read what is new."
         if len(ids) > self.model.config.context: raise DataError(f"{len(ids)} tokens do not fit the context of {self.model.config.context}: speculation does not slide; ask for fewer tokens")
-        same = next((i for i, (a, b) in enumerate(zip(self.seen, ids)) if a != b), min(len(self.seen), len(ids)))
-        same = min(same, len(ids) - last)
-        for layer in self.cache: layer.length = same
-        found: Tensor = self.model(torch.tensor([list(ids[same:])], device=self.model.embed.weight.device), self.cache)
+        start, was_training = min(self.same(ids), len(ids) - last), self.model.training
+        for layer in self.cache: layer.length = start
+        if was_training: self.model.eval()
+        try: found: Tensor = self.model(torch.tensor([list(ids[start:])], device=self.model.embed.weight.device), self.cache)
+        finally:
+            if was_training: self.model.train()
         self.seen = list(ids)
         return found[0, -last:]
 
+# %% ../nbs/55_speculative.ipynb #draftmodel
 class DraftModel:
-    "A small model that guesses, one token after the other."
+    "A small model that guesses, one token after the other; where its context ends it falls silent."
     def __init__(
         self,
         model: LanguageModel,  # with the vocabulary of the large one
     ) -> None:
-        self.reader = Reader(model)
+        self.reader, self.vocab_size, self.context = Reader(model), model.config.vocab_size, model.config.context
 
     def guess(
         self,
@@ -111,13 +124,16 @@ class DraftModel:
         sampler: Sampler,   # the dials of the text
         drawn: int,         # how many of `ids` were drawn, not given
         rng: np.random.Generator,  # one number a guess
-    ) -> tuple[list[int], Tensor]:  # n guesses, and the distributions that they were drawn from, (n, V)
+    ) -> tuple[list[int], Tensor]:  # up to n guesses, and the distributions that they were drawn from, (n, V)
         "Write n tokens as if the text were its own."
-        ids, probs = list(ids), list[Tensor]()
-        for i in range(n):
-            probs.append(sampler(self.reader.logits(ids), torch.tensor([ids], device=self.reader.model.embed.weight.device), drawn + i))
-            ids.append(int(pick(probs[-1], torch.tensor([rng.random()], dtype=torch.float64))))
-        return ids[len(ids) - n:], torch.cat(probs) if probs else torch.zeros(0, self.reader.model.config.vocab_size)
+        text, probs = list(ids), list[Tensor]()
+        for i in range(min(n, self.context - len(ids) + 1)):
+            logits = self.reader.logits(text)
+            try: check_logits(logits)
+            except FundamentaLLMError as e: raise FundamentaLLMError(f"in the draft, {e}") from None
+            probs.append(sampler(logits, torch.tensor([text], device=logits.device), drawn + i))
+            text.append(int(pick(probs[-1].cpu(), torch.tensor([rng.random()], dtype=torch.float64))))
+        return text[len(ids):], torch.cat(probs) if probs else torch.zeros(0, self.vocab_size)
 
 # %% ../nbs/55_speculative.ipynb #speculate
 @dataclass
@@ -132,6 +148,13 @@ class Tally:
         "The acceptance rate."
         return self.accepted / max(1, self.guessed)
 
+def _judge(p: Tensor, guess: list[int], q: Tensor, rng: np.random.Generator) -> tuple[int, bool]:
+    "The next token, distributed as p (1, V), and whether it is the guess; without a guess it is simply drawn."
+    u = torch.from_numpy(rng.random((1, 2)))
+    if not guess: return int(pick(p, u[:, 0])), False
+    token, taken = accept_or_redraw(p, q, torch.tensor(guess), u)
+    return int(token), bool(taken)
+
 def speculate(
     model: LanguageModel,      # the large model
     draft: Draft,              # who guesses
@@ -145,24 +168,35 @@ def speculate(
     **dials: Any,              # temperature and so on: see `sampling.Sampler`
 ) -> Iterator[int]:            # one token after the other
     "Continue a text; its distribution is the model's own whatever the draft does (Leviathan et al. 2023, algorithm 1). Raises ConfigError, DataError."
-    if n < 0: raise ConfigError(f"n is {n}: it must be 0 (no guessing) or more")
-    if not len(ids): raise DataError("the prompt is empty: give at least one token")
+    _check(model, draft, ids, max_tokens, n)
     text, tally, sampler, rng = list(ids), tally or Tally(), Sampler(**dials), row_generators(seed, 1)[0]
-    if len(text) + max_tokens > model.config.context: raise DataError(f"{len(text)} tokens and {max_tokens} more do not fit the context of {model.config.context}: speculation does not slide; ask for fewer")
     reader, end = Reader(model), len(ids) + max_tokens
     while len(text) < end:
         drawn = len(text) - len(ids)
-        guesses, q = draft.guess(text, min(n, end - len(text) - 1), sampler, drawn, rng)
-        logits, device = reader.logits(text + guesses, len(guesses) + 1), model.embed.weight.device
+        guesses, q = draft.guess(text, ask := min(n, end - len(text) - 1), sampler, drawn, rng)
+        _check_guess(guesses, q, ask, model.config.vocab_size)
         tally.calls, tally.guessed = tally.calls + 1, tally.guessed + len(guesses)
-        for i in range(len(guesses) + 1):
-            p, u = sampler(logits[i:i + 1], torch.tensor([text], device=device), drawn + i), torch.from_numpy(rng.random((1, 2)))
-            taken = i < len(guesses)
-            if taken:
-                token, ok = accept_or_redraw(p.cpu(), q[i:i + 1].cpu(), torch.tensor(guesses[i:i + 1]), u)
-                taken = bool(ok)
-            else: token = pick(p.cpu(), u[:, 0])
-            if int(token) == eos_id: return
-            text.append(int(token)); yield text[-1]
+        for i, row in enumerate(reader.logits(text + guesses, len(guesses) + 1)):
+            p = sampler(row[None], torch.tensor([text], device=row.device), drawn + i)
+            token, taken = _judge(p.cpu(), guesses[i:i + 1], q[i:i + 1].cpu(), rng)
             tally.accepted += taken
+            if token == eos_id: return
+            text.append(token); yield token
             if not taken: break
+
+# %% ../nbs/55_speculative.ipynb #spec-check
+def _check(model: LanguageModel, draft: Draft, ids: Sequence[int], max_tokens: int, n: int) -> None:
+    "Raise where speculation cannot be."
+    V, context = model.config.vocab_size, model.config.context
+    if n < 0: raise ConfigError(f"n is {n}: it must be 0 (no guessing) or more")
+    if max_tokens < 0: raise ConfigError(f"max_tokens is {max_tokens}: it must be 0 or more")
+    if draft.vocab_size != V: raise ConfigError(f"the draft knows {draft.vocab_size} tokens and the model {V}: a draft must have the model's vocabulary")
+    if not len(ids): raise DataError("the prompt is empty: give at least one token")
+    if bad := [i for i in ids if not 0 <= i < V]: raise DataError(f"token id {bad[0]} is outside the vocabulary of {V} (0 to {V - 1}): was the text encoded with this model's tokenizer?")
+    if (room := context - len(ids)) < max_tokens:
+        raise DataError(f"{len(ids)} tokens and {max_tokens} more do not fit the context of {context}: speculation does not slide; " + (f"ask for {room}" if room > 0 else "shorten the prompt"))
+
+def _check_guess(guesses: list[int], q: Tensor, n: int, V: int) -> None:
+    "Raise where a draft gives what was not asked for."
+    if len(guesses) > n or q.shape != (len(guesses), V):
+        raise ConfigError(f"the draft gave {len(guesses)} guesses and distributions of shape {tuple(q.shape)}: it must give up to {n}, each with the probabilities of {V} tokens")

@@ -285,7 +285,9 @@ def test_wrong_places(cwd: Path) -> None:
         assert not done.stdout
 
 
-@pytest.mark.parametrize("option, value", [("--temperature", "-1"), ("--top-p", "1.5"), ("--top-k", "many"), ("--num-samples", "0"), ("--max-tokens", "-3"), ("--seed", "-1")])
+@pytest.mark.parametrize("option, value", [("--temperature", "-1"), ("--top-p", "1.5"), ("--top-k", "many"), ("--num-samples", "0"), ("--max-tokens", "-3"), ("--seed", "-1"),
+                                           ("--min-p", "1.1"), ("--typical-p", "-0.1"), ("--repetition-penalty", "0"), ("--presence-penalty", "much"), ("--frequency-penalty", "x"),
+                                           ("--no-repeat-ngram", "-1")])
 def test_option_out_of_range(option: str, value: str, cwd: Path) -> None:
     "The option, the value and its limits."
     assert_one_line_error(fundamentallm("generate", "runs/book", option, value, cwd=cwd), option, value, code=2)
@@ -366,6 +368,26 @@ def test_generate(cwd: Path) -> None:
     assert parts[1] == one.stdout and len(set(parts[1:])) == 3
 
 
+def test_generate_dials(cwd: Path) -> None:
+    "Each dial does what it says: greedy text without it repeats itself; at its neutral value it changes nothing; a number that is none is refused."
+    greedy = ["generate", "runs/book", "-p", "The king", "-n", "12", "-t", "0"]
+    drawn = ["generate", "runs/book", "-p", "The king", "-n", "12", "-t", "1", "--seed", "5"]
+    calls = [greedy, [*greedy, "--no-repeat-ngram", "2"], [*greedy, "--repetition-penalty", "1e6"], [*greedy, "--presence-penalty", "1e4"], [*greedy, "--frequency-penalty", "1e4"],
+             drawn, [*drawn, "--min-p", "1"], [*drawn, "--top-k", "2", "--typical-p", "0"],
+             [*drawn, "--min-p", "0", "--typical-p", "1", "--repetition-penalty", "1", "--presence-penalty", "0", "--frequency-penalty", "0", "--no-repeat-ngram", "0"],
+             [*drawn, "--presence-penalty", "nan"], [*drawn, "--frequency-penalty", "inf"], [*drawn, "--repetition-penalty", "inf"]]
+    with ThreadPoolExecutor(2) as pool: done = list(pool.map(lambda w: fundamentallm(*w, cwd=cwd), calls))
+    for d in done[:9]: assert d.returncode == 0 and not d.stderr, d.stderr
+    plain, pairs, repeated, present, frequent, one, favourite, typical, neutral = (d.stdout[:-1] for d in done[:9])
+    twos = [plain[i:i + 2] for i in range(len(plain) - 1)]
+    assert len(set(twos)) < len(twos)                                       # without the dial something comes twice
+    assert len({pairs[i:i + 2] for i in range(len(pairs) - 1)}) == len(pairs) - 1
+    assert len(set(repeated[8:])) > len(set(plain[8:]))                     # more different characters
+    assert len(set(present[8:])) == 12 == len(set(frequent[8:]))            # never what was written
+    assert favourite == plain and one == neutral and len(typical) == 20
+    for d, name in zip(done[9:], ("presence_penalty", "frequency_penalty", "repetition_penalty")): assert_one_line_error(d, name)
+
+
 def test_broken_pipe_is_quiet(cwd: Path) -> None:
     "`| head -c 5`: nothing on stderr."
     command = " ".join(map(shlex.quote, [*COMMAND, "generate", "runs/book", "--max-tokens", "5000"])) + " | head -c 5"
@@ -432,6 +454,77 @@ def test_evaluate(cwd: Path) -> None:
     assert plain.stdout.isascii() and f"{result['loss']:.4f}" in plain.stdout and not plain.stderr
     boxed = pexpect.run(shlex.join([*COMMAND, "evaluate", "runs/book", "book.txt"]), cwd=str(cwd), env=environment(), encoding="utf-8", timeout=60)
     assert "┃" in boxed and "\x1b[" in boxed
+
+
+TASK = [{"name": "ends", "kind": "cloze"}, *({"prompt": f"The king of a {w[:2]}", "answer": w[2:]} for w in ("merry", "land", "went", "never", "came", "back", "sang", "songs"))]
+
+
+@pytest.fixture(scope="session")
+def task_file(cwd: Path) -> str:
+    "A task in the words of the book."
+    (cwd / "ends.jsonl").write_text("\n".join(map(json.dumps, TASK)) + "\n")
+    return "ends.jsonl"
+
+
+def test_examine(cwd: Path, task_file: str) -> None:
+    "A run, a task of one's own and a text: marks with errors; the training text is found and the questions looked for in it; the library gives the same numbers."
+    from fundamentallm.checkpoint import load_model, load_tokenizer
+    from fundamentallm.suite import ModelExaminee, mark, read_task
+    best = cwd / "runs" / "book" / "checkpoints" / "best"
+    done = fundamentallm("evaluate", "runs/book", "book.txt", "--task-file", task_file, "--items", "20", "--json", cwd=cwd)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    scores = {(s["task"], s["metric"]): s for s in json.loads(done.stdout)["results"]["runs/book"]["scores"]}
+    assert list(scores) == [("ends", "acc"), ("ends", "perplexity"), ("book", "bits_per_byte"), ("book", "word_perplexity")]
+    for s in mark(read_task(cwd / task_file), ModelExaminee(load_model(best), load_tokenizer(best))):
+        assert math.isclose(scores[s.task, s.metric]["value"], s.value, rel_tol=1e-5) and scores[s.task, s.metric]["items"] == 8
+    seen = scores["book", "bits_per_byte"]["contamination"]
+    assert 12 <= seen["dirty"] <= 20 == seen["checked"] and seen["unit"] == "word"      # nine tenths of the book were read
+    (cwd / "other.txt").write_text("Nothing of that.\n")
+    other = json.loads(fundamentallm("evaluate", "runs/book", "book.txt", "--task-file", task_file, "--items", "20", "--json", "--train-text", "other.txt", cwd=cwd).stdout)
+    assert {s["contamination"]["dirty"] for s in other["results"]["runs/book"]["scores"]} == {0}
+
+
+def test_examine_all(cwd: Path, task_file: str, tmp_path: Path) -> None:
+    "`all` leaves out what the run cannot read and says so; where the training text is not found, so it says."
+    shutil.copytree(cwd / "runs" / "book", tmp_path / "book", symlinks=True); shutil.copy(cwd / task_file, tmp_path)
+    done = fundamentallm("evaluate", "book", "--tasks", "all", "--task-file", task_file, cwd=tmp_path)
+    assert done.returncode == 0 and "--train-text" in done.stderr and done.stderr.count("\n") == 1
+    assert done.stdout.splitlines()[0].split() == ["Task", "Metric", "Value", "Stderr"] and "not given: brackets (character '('" in done.stdout
+    assert_one_line_error(fundamentallm("evaluate", cwd / "runs" / "book", "--tasks", "all", cwd=cwd), "can read none of the tasks")
+
+
+def test_compare_runs(cwd: Path, task_file: str, run_dir: Path) -> None:
+    "Two candidates on the same questions: differences with errors; a report that is written once, whole."
+    early = min((run_dir / "checkpoints").glob("step-*")).relative_to(cwd)
+    words = ["evaluate", "runs/book", early, "book.txt", "--task-file", task_file, "--items", "20"]
+    done = fundamentallm(*words, "--report", "compared", cwd=cwd)
+    assert done.returncode == 0 and done.stdout.isascii() and not ANSI.search(done.stdout), done.stderr
+    got = json.loads((cwd / "compared" / "results.json").read_text())
+    change = next(c for c in got["comparisons"] if c["task"] == "book")
+    a, b = (next(s["value"] for s in got["results"][str(r)]["scores"] if s["metric"] == "bits_per_byte") for r in ("runs/book", early))
+    assert math.isclose(change["difference"], b - a, abs_tol=1e-9) and change["low"] < b - a < change["high"] and change["p"] <= change["p_holm"] and change["better"] == "runs/book"
+    assert "runs/book" in (cwd / "compared" / "report.md").read_text() and "data:image/png" in (cwd / "compared" / "report.html").read_text()
+    assert_one_line_error(fundamentallm(*words, "--report", "compared", cwd=cwd), "compared", "exists")
+
+
+def test_examine_bad_input(cwd: Path, task_file: str, tmp_path: Path) -> None:
+    "Unknown tasks, task files with a mistake, runs that are none: one line that names the place, and nothing written."
+    (cwd / "typo.yaml").write_text("name: mine\nkind: cloze\nitems:\n  - {prompt: The, answer: ' king'}\n  - {prompt: The, anwser: ' sea'}\n")
+    (cwd / "broken.yaml").write_text("name: mine\nkind: [\n")
+    (cwd / "cut.jsonl").write_text((cwd / task_file).read_text()[:-20]); (cwd / "void.yaml").touch()
+    (tmp_path / "hollow").mkdir(); (tmp_path / "hollow" / "config.yaml").touch()
+    cases = ((["runs/book", "--tasks", "inducton"], 1, ["inducton", "induction"]), (["runs/book", "--tasks", "brackets"], 1, ["brackets", "U+0028"]),
+             (["runs/book", "--task-file", "typo.yaml"], 1, ["typo.yaml, line 5", "anwser", "answer"]), (["runs/book", "--task-file", "broken.yaml"], 1, ["broken.yaml, line 3", "YAML"]),
+             (["runs/book", "--task-file", "cut.jsonl"], 1, ["cut.jsonl, line 9", "JSON"]), (["runs/book", "--task-file", "void.yaml"], 1, ["void.yaml", "empty"]),
+             (["runs/book", "--task-file", "gone.yaml"], 1, ["gone.yaml"]), (["runs/book", "--task-file", "book.txt"], 1, ["book.txt", ".jsonl"]),
+             (["runs/nowhere", "--task-file", task_file], 1, ["runs/nowhere", "does not exist"]), ([str(tmp_path / "hollow"), "--task-file", task_file], 1, ["hollow", "no checkpoint"]),
+             (["runs/book", "runs/book", "--task-file", task_file], 2, ["named twice"]), (["runs/book", "--task-file", task_file, "--task-file", task_file], 1, ["two tasks are called ends"]),
+             (["runs/book", "--task-file", task_file, "--items", "0"], 2, ["--items"]), (["runs/book", "--task-file", task_file, "--train-text", "gone.txt"], 1, ["gone.txt"]),
+             (["runs/book"], 2, ["TEST.txt", "--tasks"]), ([], 2, ["RUN"]), (["runs/book", "--report", "empty"], 1, ["no questions"]))
+    before = sorted(cwd.rglob("*"))
+    with ThreadPoolExecutor(2) as pool: results = list(pool.map(lambda case: fundamentallm("evaluate", *case[0], cwd=cwd), cases))
+    for done, (_, code, needed) in zip(results, cases): assert_one_line_error(done, *needed, code=code)
+    assert sorted(cwd.rglob("*")) == before
 
 
 def test_progress_at_a_terminal(corpus: Path, tmp_path: Path) -> None:
