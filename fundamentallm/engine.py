@@ -148,9 +148,9 @@ class Request:
 @dataclass(frozen=True)
 class Piece:
     "Some new text of a request."
-    request: Request
-    text: str        # may be empty: a token whose text is held back
-    done: bool       # nothing more will come
+    request: Request  # whose
+    text: str         # may be empty: a token whose text is held back
+    done: bool        # nothing more will come
 
 # %% ../nbs/56_engine.ipynb #engine
 class Engine:
@@ -195,8 +195,9 @@ class Engine:
         "Ask for a text. An empty prompt begins at <bos>. Raises DataError, ConfigError; the others in the batch do not notice."
         ids = (self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]) or self._begin()
         self._check(ids, max_tokens)
-        history = torch.tensor(ids + [0] * max_tokens, device=self.device)
-        request = Request(ids, max_tokens, Sampler(**dials), row_generators(seed, 1)[0], TextOut(self.tokenizer, stop), history, frozenset(eos), alternatives)
+        sampler, history = Sampler(**dials), torch.tensor(ids + [0] * max_tokens, device=self.device)
+        ends = frozenset(eos) | ({sampler.grammar.eos_id} if sampler.grammar else set())
+        request = Request(ids, max_tokens, sampler, row_generators(seed, 1)[0], TextOut(self.tokenizer, stop), history, ends, alternatives)
         if max_tokens: self.waiting.append(request)
         else: request.finish = "length"
         return request

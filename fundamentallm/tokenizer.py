@@ -756,6 +756,11 @@ class BPETokenizer(Tokenizer):
         return hf_tokenizer_json(model, hf_byte_level(self.split), {**BYTE_LEVEL, "use_regex": True}, self.specials)
 
     @classmethod
+    def reads(cls, spec: dict[str, Any]) -> bool:
+        "A BPE model over bytes; one that changes the text first is over characters."
+        return super().reads(spec) and spec["normalizer"] is None
+
+    @classmethod
     def from_json(
         cls,
         spec: dict[str, Any],  # what tokenizer.json holds
