@@ -38,7 +38,8 @@ __all__ = ['CURES', 'F', 'REPL_HELP', 'KINDS', 'OFF', 'UNITS', 'describe_error',
            'hold_examination', 'data', 'size_text', 'data_list', 'data_fetch', 'held_out', 'progress_bar',
            'parse_shares', 'parse_workers', 'data_prepare', 'tokenizer_group', 'text_pieces', 'tokenizer_train',
            'tokenizer_show', 'requirements', 'installed_version', 'Check', 'check_packages', 'check_machine',
-           'check_torch', 'doctor', 'bench', 'bench_speed', 'bench_train', 'bench_changes', 'bench_tokenizer']
+           'check_torch', 'doctor', 'bench', 'bench_speed', 'bench_train', 'bench_changes', 'bench_decode',
+           'bench_tokenizer']
 
 # %% ../nbs/60_cli.ipynb #cl-errors
 CURES = {
@@ -1244,6 +1245,27 @@ def bench_changes(
     import json
     from fundamentallm.profile import bench_changes as measure
     click.echo(json.dumps(measure(str(find_text(text)), pairs, steps), indent=1))
+
+# %% ../nbs/60_cli.ipynb #cl-benchdecode
+@bench.command("decode")
+@click.option("--pairs", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds of whole processes in turn.")
+@click.option("--peers", metavar="PYTHON", help="An interpreter that has transformers. Default: this one.")
+@click.option("--only", default="", metavar="NAME", help="A part of the names of the settings to measure. Default: all.")
+@common
+def bench_decode(
+    pairs: int,         # --pairs
+    peers: str | None,  # --peers
+    only: str,          # --only
+) -> None:
+    """Writing text beside transformers.generate and the speed of memory (takes a quarter of an hour; nothing else should run).
+
+    \b
+    Example:
+      fundamentallm bench decode --peers ~/peers/bin/python
+    """
+    import json
+    from fundamentallm.engine import bench_decode as measure
+    click.echo(json.dumps(measure(pairs, peers, only), indent=1))
 
 # %% ../nbs/60_cli.ipynb #cl-benchtok
 @bench.command("tokenizer")

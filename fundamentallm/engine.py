@@ -24,7 +24,7 @@ from .core import ConfigError, DataError
 from .kernels.quant import Weights, bytes_per_token, in_large_pages, quantized, to_large_pages
 from .model import LanguageModel, ModelConfig, Places
 from .profile import alternate, compare, machine
-from .sampling import Sampler, check_logits, draw, row_generators, suppressed
+from .sampling import LogitsError, Sampler, check_logits, draw, encode_prompt, first_bad_layer, row_generators, suppressed
 from .tokenizer import CharTokenizer, Tokenizer
 
 # %% auto #0
@@ -193,7 +193,7 @@ class Engine:
         **dials: Any,                  # temperature and so on: see `sampling.Sampler`
     ) -> Request:                      # fills up while `run` or `step` is called
         "Ask for a text. An empty prompt begins at <bos>. Raises DataError, ConfigError; the others in the batch do not notice."
-        ids = (self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]) or self._begin()
+        ids = encode_prompt(self.tokenizer, prompt) if isinstance(prompt, str) else [int(i) for i in prompt] or encode_prompt(self.tokenizer, "")
         self._check(ids, max_tokens)
         sampler, history = Sampler(**dials), torch.tensor(ids + [0] * max_tokens, device=self.device)
         ends = frozenset(eos) | ({sampler.grammar.eos_id} if sampler.grammar else set())
@@ -220,10 +220,6 @@ class Engine:
     def run(self) -> Iterator[Piece]:  # until nobody is left; requests may be submitted meanwhile
         "Steps until everything that was submitted is done."
         while self.waiting or self.active: yield from self.step()
-
-    def _begin(self) -> list[int]:
-        if self.tokenizer.bos_id is None: raise DataError("the prompt is empty and this tokenizer has no <bos> to begin with: give at least one character")
-        return [self.tokenizer.bos_id]
 
     def _check(self, ids: Sequence[int], max_tokens: int) -> None:
         V, wrong = self.model.config.vocab_size, [i for i in ids if not 0 <= i < self.model.config.vocab_size]
@@ -282,7 +278,10 @@ class Engine:
 
     def _draw(self, request: Request, logits: Tensor) -> int:
         "One token of one request."
-        check_logits(logits)
+        try: check_logits(logits)
+        except LogitsError as e:
+            window = torch.tensor([(request.ids + request.tokens)[-self.context:]], device=self.device)
+            raise LogitsError(f"{e}{first_bad_layer(self.model, window)}") from None
         eos = self.tokenizer.eos_id if self.tokenizer.eos_id in request.eos else None
         allowed = logits.index_fill(-1, self.silent[eos], -torch.inf)
         drawn, dials = len(request.tokens), request.sampler

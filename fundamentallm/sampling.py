@@ -393,10 +393,10 @@ def next_logits(
     "The logits after the last token, with dropout off and without gradients."
     was_training = model.training
     if was_training: model.eval()
-    try: logits: Tensor = model(ids, cache)
+    try: logits: Tensor = model.head(model.hidden(ids, cache)[:, -1])  # the head is the largest matrix: one position is enough
     finally:
         if was_training: model.train()
-    return logits[:, -1]
+    return logits
 
 # %% ../nbs/50_sampling.ipynb #sp-start
 def _start(model: LanguageModel, ids: Tensor, max_tokens: int) -> Tensor:
