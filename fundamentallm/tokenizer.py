@@ -756,11 +756,6 @@ class BPETokenizer(Tokenizer):
         return hf_tokenizer_json(model, hf_byte_level(self.split), {**BYTE_LEVEL, "use_regex": True}, self.specials)
 
     @classmethod
-    def reads(cls, spec: dict[str, Any]) -> bool:
-        "A BPE model over bytes; one that changes the text first is over characters."
-        return super().reads(spec) and spec["normalizer"] is None
-
-    @classmethod
     def from_json(
         cls,
         spec: dict[str, Any],  # what tokenizer.json holds
@@ -947,11 +942,11 @@ def load_tokenizer_json(
 ) -> Tokenizer:    # an object of the class that wrote it
     "Read tokenizer.json with the `Tokenizer` that wrote it."
     if not path.is_file(): raise CheckpointError(f"no tokenizer at {path}: name a directory that a tokenizer or a checkpoint was saved in")
-    classes = {c.__name__: c for c in Tokenizer.__subclasses__()}.values()
+    classes = list({c.__name__: c for c in Tokenizer.__subclasses__()}.values())
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
         kind = spec["model"]["type"]
-        for c in classes:
+        for c in reversed(classes):  # the newest first: a special kind comes after the general one
             if c.reads(spec): return c.from_json(spec)
     except (DataError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{path} is damaged ({type(e).__name__}: {e}): save the tokenizer again") from None
