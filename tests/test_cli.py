@@ -276,13 +276,19 @@ def test_wrong_places(cwd: Path) -> None:
     "Neither a run nor a checkpoint; a prompt, a text with characters the model has never seen."
     (cwd / "odd.txt").write_text("The king \u263a", encoding="utf-8")
     cases = ((["generate", "nowhere"], ["nowhere", "does not exist"]), (["generate", "."], ["run"]), (["generate", "book.txt"], ["book.txt", "file"]),
-             (["generate", "runs/book", "--prompt", "na\u00efve"], ["U+00EF", "position 2"]), (["generate", "runs/book", "--prompt", ""], ["empty"]),
+             (["generate", "runs/book", "--prompt", "na\u00efve"], ["U+00EF", "position 2"]),
              (["generate", "runs/book", "--device", "tpu"], ["tpu"]), (["evaluate", "runs/book", "odd.txt"], ["U+263A"]),
              (["data", "fetch", "tiny-shakespear"], ["did you mean", "tiny-shakespeare"]))
     with ThreadPoolExecutor(2) as pool: results = list(pool.map(lambda case: fundamentallm(*case[0], cwd=cwd), cases))
     for done, (_, needed) in zip(results, cases):
         assert_one_line_error(done, *needed)
         assert not done.stdout
+
+
+def test_empty_prompt(cwd: Path) -> None:
+    "Begins at <bos>: text, with nothing before it."
+    done = fundamentallm("generate", "runs/book", "--prompt", "", "--max-tokens", "12", "--seed", "0", cwd=cwd)
+    assert (done.returncode, done.stderr, len(done.stdout)) == (0, "", 13), done
 
 
 @pytest.mark.parametrize("option, value", [("--temperature", "-1"), ("--top-p", "1.5"), ("--top-k", "many"), ("--num-samples", "0"), ("--max-tokens", "-3"), ("--seed", "-1"),
