@@ -644,9 +644,8 @@ def draw_next(
 def _png(draw: Callable[[], Any]) -> bytes:
     "The picture that a drawing function makes, as a PNG; the figure is closed."
     import matplotlib.pyplot as plt
-    with plt.ioff():
-        figure, data = draw().figure, io.BytesIO()
-        figure.savefig(data, format="png"); plt.close(figure)
+    figure, data = draw().figure, io.BytesIO()
+    figure.savefig(data, format="png"); plt.close(figure)
     return data.getvalue()
 
 _DIALS = (("temperature", 0.0, 3.0, 1.0), ("top_k", 0, 100, 0), ("top_p", 0.0, 1.0, 1.0), ("min_p", 0.0, 1.0, 0.0), ("typical_p", 0.0, 1.0, 1.0), ("repetition_penalty", 0.5, 2.0, 1.0))
