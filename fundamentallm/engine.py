@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .attention import KVCache
-from .core import ConfigError, DataError
+from .core import ConfigError, DataError, FundamentaLLMError
 from .kernels.quant import Weights, bytes_per_token, in_large_pages, quantized, to_large_pages
 from .model import LanguageModel, ModelConfig, Places
 from .profile import alternate, compare, machine
@@ -117,7 +117,8 @@ class Request:
     text: str = ""                                        # what was shown
     log_probs: list[float] = field(default_factory=list)  # ln p of each token drawn, under the model as it is, before any dial
     top: list[list[tuple[int, float]]] = field(default_factory=list)  # the most probable tokens at each place and their ln p
-    finish: str = ""                   # "": goes on; "stop": a stop string or end token; "length": max_tokens was reached; "cancelled"
+    finish: str = ""                   # "": goes on; "stop": a stop string or end token; "length": max_tokens was reached; "cancelled"; "error"
+    error: str = ""                    # what went wrong with it, and what to do; nobody else notices
 
     def note(
         self,
@@ -192,10 +193,11 @@ class Engine:
         alternatives: int = -1,        # see `Request`
         **dials: Any,                  # temperature and so on: see `sampling.Sampler`
     ) -> Request:                      # fills up while `run` or `step` is called
-        "Ask for a text. An empty prompt begins at <bos>. Raises DataError, ConfigError; the others in the batch do not notice."
+        "Ask for a text. An empty prompt begins at <bos>. Raises DataError, ConfigError for what cannot be; what goes wrong later is in `Request.error`. The others do not notice."
         ids = encode_prompt(self.tokenizer, prompt) if isinstance(prompt, str) else [int(i) for i in prompt] or encode_prompt(self.tokenizer, "")
-        self._check(ids, max_tokens)
-        sampler, history = Sampler(**dials), torch.tensor(ids + [0] * max_tokens, device=self.device)
+        sampler = Sampler(**dials)
+        self._check([*ids, *eos, *sampler.bias, *sampler.forced], len(ids), max_tokens)
+        history = torch.tensor(ids + [0] * max_tokens, device=self.device)
         ends = frozenset(eos) | ({sampler.grammar.eos_id} if sampler.grammar else set())
         request = Request(ids, max_tokens, sampler, row_generators(seed, 1)[0], TextOut(self.tokenizer, stop), history, ends, alternatives)
         if max_tokens: self.waiting.append(request)
@@ -221,12 +223,12 @@ class Engine:
         "Steps until everything that was submitted is done."
         while self.waiting or self.active: yield from self.step()
 
-    def _check(self, ids: Sequence[int], max_tokens: int) -> None:
+    def _check(self, ids: Sequence[int], length: int, max_tokens: int) -> None:
         V, wrong = self.model.config.vocab_size, [i for i in ids if not 0 <= i < self.model.config.vocab_size]
         if wrong: raise DataError(f"token {wrong[0]} is outside the vocabulary of {V} (0 to {V - 1}): was the text encoded with this model's tokenizer?")
         if max_tokens < 0: raise ConfigError(f"max_tokens={max_tokens}: use 0 or more")
-        if self.overflow == "refuse" and len(ids) + max_tokens > self.context:
-            raise DataError(f"{len(ids)} tokens and {max_tokens} more do not fit the context of {self.context}: shorten one, or make an Engine(overflow='slide')")
+        if self.overflow == "refuse" and length + max_tokens > self.context:
+            raise DataError(f"{length} tokens and {max_tokens} more do not fit the context of {self.context}: shorten one, or make an Engine(overflow='slide')")
 
     def _admit(self, request: Request) -> list[Piece]:
         "Give a request the next row and its first token."
@@ -270,8 +272,10 @@ class Engine:
         pieces = list[Piece]()
         for i in reversed(range(len(logits))):  # from the end: a row that is freed moves only those that are done
             request = self.active[first + i]
-            token = self._draw(request, logits[i:i + 1])
-            text = request.take(token)
+            try: text = request.take(self._draw(request, logits[i:i + 1]))
+            except FundamentaLLMError as e:  # its own fault, say a ban on every token: the others go on
+                request.finish, request.error, text = "error", str(e), request.out.flush()
+                request.text += text
             pieces.append(Piece(request, text, bool(request.finish)))
             if request.finish: self._free(first + i)
         return pieces[::-1]

@@ -324,6 +324,7 @@ class Sampler:
         "What is said of particular tokens: bias, penalties, bans, grammar. Raises DataError if nothing is left."
         V, found = logits.shape[-1], logits.float()
         if self.bias:
+            if wrong := [i for i in self.bias if not 0 <= i < V]: raise ConfigError(f"bias has the token {wrong[0]}: this model's are 0 to {V - 1}")
             ids = torch.tensor(list(self.bias), device=logits.device)
             found = found.index_add(-1, ids, torch.tensor(list(self.bias.values()), device=logits.device).expand(len(logits), -1))
         if self.repetition_penalty != 1: found = penalize_repetition(found, count_tokens(history, V), self.repetition_penalty)
@@ -343,6 +344,7 @@ class Sampler:
     ) -> Tensor:          # probabilities, (B, V)
         "The distribution of the next token of each row."
         check_logits(logits)
+        if drawn < len(self.forced) and not 0 <= self.forced[drawn] < logits.shape[-1]: raise ConfigError(f"forced has the token {self.forced[drawn]}: this model's are 0 to {logits.shape[-1] - 1}")
         if drawn < len(self.forced): return torch.zeros_like(logits, dtype=torch.float32).index_fill_(-1, torch.tensor(self.forced[drawn], device=logits.device), 1.0)
         return probabilities(self.adjust(logits, history, drawn), self.temperature, self.top_k, self.top_p, self.min_p, self.typical_p)
 
