@@ -15,8 +15,8 @@ from ..core import ConfigError, DataError
 from .mlp import Array, Back, Params, check_shape, linear
 
 # %% auto #0
-__all__ = ['Bools', 'Rotate', 'softmax', 'attention', 'additive_attention', 'project', 'split_heads', 'merge_heads',
-           'self_attention', 'cross_attention', 'causal_mask', 'padding_mask']
+__all__ = ['Bools', 'Rotate', 'softmax', 'attention', 'additive_attention', 'causal_mask', 'padding_mask', 'project',
+           'split_heads', 'merge_heads', 'self_attention', 'cross_attention']
 
 # %% ../../nbs/03_scratch.attention.ipynb #at-types
 Bools = npt.NDArray[np.bool_]
@@ -96,6 +96,7 @@ def additive_attention(
     "Attention with the score w_v . tanh(w_q q + w_k k) (Bahdanau et al. 2015, section A.1.2): queries and keys may differ in width."
     a, back_a = linear(q, w_q, None, f"{layer}: w_q")
     b, back_b = linear(k, w_k, None, f"{layer}: w_k")
+    check_shape(layer, "k", k.shape, (*q.shape[:-2], None, k.shape[-1]))
     _check_qkv(layer, a, b, v, mask, None)
     t: Array = np.tanh(a[..., :, None, :] + b[..., None, :, :])  # (..., T_q, T_k, U): every pair
     scores = linear(t, w_v[None], None, f"{layer}: w_v")[0][..., 0]
@@ -109,6 +110,22 @@ def additive_attention(
         dw_v = ds.reshape(-1) @ t.reshape(-1, len(w_v))
         return dq, dk, w.swapaxes(-1, -2) @ dy, dw_q, dw_k, dw_v
     return w @ v, back, w
+
+# %% ../../nbs/03_scratch.attention.ipynb #at-masks
+def causal_mask(
+    T_q: int,  # number of queries, the last ones of the sequence
+    T_k: int,  # number of keys, T_k >= T_q
+) -> Bools:  # (T_q, T_k), True = may look
+    "Each position may look at itself and at those before it."
+    if T_q > T_k: raise DataError(f"causal_mask: {T_q} queries and {T_k} keys: the queries are the last of the keys' positions, so there cannot be more of them")
+    return np.tri(T_q, T_k, T_k - T_q, dtype=bool)
+
+def padding_mask(
+    real: Bools,  # (B, T_k), True = a token, False = filling
+) -> Bools:  # (B, 1, 1, T_k): broadcasts over heads and queries
+    "Nobody looks at what only fills up the batch."
+    if real.ndim != 2 or real.dtype != np.bool_: raise DataError(f"padding_mask: real is {real.dtype} of shape {real.shape}, wanted bool of shape (B, T_k)")
+    return real[:, None, None, :]
 
 # %% ../../nbs/03_scratch.attention.ipynb #at-project
 def project(
@@ -155,8 +172,9 @@ def self_attention(
 ) -> tuple[Array, Back, Array]:  # (B, T, C); dy -> (dx, gradients); weights (B, H, T, T)
     "Multi-head attention of a sequence with itself; parameters as in chapter 20's `Attention`."
     H, H_kv = n_heads, n_kv_heads or n_heads
+    if min(H, H_kv) < 1 or H % H_kv: raise ConfigError(f"{name}: n_kv_heads={H_kv} does not divide n_heads={H}")
     both, back_qkv = project(params, f"{name}.qkv", x)
-    heads = split_heads(both, H + 2 * H_kv, f"{name}.qkv")  # (B, H + 2 H_kv, T, D)
+    heads = split_heads(both, H + 2 * H_kv, f"{name}.qkv, n_heads={H}, n_kv_heads={H_kv}")  # (B, H + 2 H_kv, T, D)
     qk, v = heads[..., :H + H_kv, :, :], heads[..., H + H_kv:, :, :]
     turned: tuple[Array, Back | None] = rotate(qk) if rotate else (qk, None)
     qk, turn_back = turned
@@ -184,7 +202,7 @@ def cross_attention(
     "Multi-head attention of one sequence to another: queries from the one, keys and values from the other."
     q, back_q = project(params, f"{name}.q", x)
     kv, back_kv = project(params, f"{name}.kv", memory)
-    qs, kvs = split_heads(q, n_heads, f"{name}.q"), split_heads(kv, 2 * n_heads, f"{name}.kv")
+    qs, kvs = split_heads(q, n_heads, f"{name}.q"), split_heads(kv, 2 * n_heads, f"{name}.kv, n_heads={n_heads}")
     y, back_a, w = attention(qs, kvs[..., :n_heads, :, :], kvs[..., n_heads:, :, :], mask, keep, name)
     out, back_out = project(params, f"{name}.out", merge_heads(y))
     def back(dy: Array) -> tuple[Array, Array, dict[str, Array]]:
@@ -194,19 +212,3 @@ def cross_attention(
         dmemory, g_kv = back_kv(merge_heads(np.concatenate([dk, dv], -3)))
         return dx, dmemory, g_q | g_kv | g_out
     return out, back, w
-
-# %% ../../nbs/03_scratch.attention.ipynb #at-masks
-def causal_mask(
-    T_q: int,  # number of queries, the last ones of the sequence
-    T_k: int,  # number of keys, T_k >= T_q
-) -> Bools:  # (T_q, T_k), True = may look
-    "Each position may look at itself and at those before it."
-    if T_q > T_k: raise DataError(f"causal_mask: {T_q} queries and {T_k} keys: the queries are the last of the keys' positions, so there cannot be more of them")
-    return np.tri(T_q, T_k, T_k - T_q, dtype=bool)
-
-def padding_mask(
-    real: Bools,  # (B, T_k), True = a token, False = filling
-) -> Bools:  # (B, 1, 1, T_k): broadcasts over heads and queries
-    "Nobody looks at what only fills up the batch."
-    if real.ndim != 2 or real.dtype != np.bool_: raise DataError(f"padding_mask: real is {real.dtype} of shape {real.shape}, wanted bool of shape (B, T_k)")
-    return real[:, None, None, :]
