@@ -38,8 +38,8 @@ __all__ = ['CURES', 'F', 'REPL_HELP', 'KINDS', 'OFF', 'UNITS', 'describe_error',
            'hold_examination', 'data', 'size_text', 'data_list', 'data_fetch', 'held_out', 'progress_bar',
            'parse_shares', 'parse_workers', 'data_prepare', 'tokenizer_group', 'text_pieces', 'tokenizer_train',
            'tokenizer_show', 'requirements', 'installed_version', 'Check', 'check_packages', 'check_machine',
-           'check_torch', 'doctor', 'bench', 'bench_speed', 'bench_train', 'bench_changes', 'bench_decode',
-           'bench_tokenizer']
+           'check_torch', 'doctor', 'bench', 'bench_speed', 'bench_scratch', 'bench_train', 'bench_changes',
+           'bench_decode', 'bench_tokenizer']
 
 # %% ../nbs/60_cli.ipynb #cl-errors
 CURES = {
@@ -1171,7 +1171,7 @@ def doctor(
     if any(c.needed and c.cure for c in checks): raise click.exceptions.Exit(1)
 
 # %% ../nbs/60_cli.ipynb #cl-benchcmd
-@cli.group(invoke_without_command=True, short_help="Benchmarks: speed, train, changes, tokenizer.")
+@cli.group(invoke_without_command=True, short_help="Benchmarks: speed, train, changes, scratch, decode, tokenizer.")
 @common
 @click.pass_context
 def bench(
@@ -1200,6 +1200,25 @@ def bench_speed(
     import json
     from fundamentallm.profile import bench_speed as measure
     click.echo(json.dumps(measure(str(find_text(text)), pairs=pairs, steps=steps), indent=1))
+
+# %% ../nbs/60_cli.ipynb #cl-benchscratch
+@bench.command("scratch")
+@click.option("--pairs", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds of whole processes in turn.")
+@click.option("--steps", type=click.IntRange(min=1), default=12, show_default=True, help="Optimizer steps in each process; two more are not timed.")
+@common
+def bench_scratch(
+    pairs: int,  # --pairs
+    steps: int,  # --steps
+) -> None:
+    """Training in NumPy, by hand, against PyTorch eager (takes minutes; nothing else should run).
+
+    \b
+    Example:
+      fundamentallm bench scratch --pairs 7
+    """
+    import json
+    from fundamentallm.profile import bench_scratch as measure
+    click.echo(json.dumps(measure(pairs=pairs, steps=steps), indent=1))
 
 # %% ../nbs/60_cli.ipynb #cl-benchtrain
 @bench.command("train")

@@ -23,11 +23,14 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import date
 from functools import partial
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,16 +42,19 @@ from .config import load_config, replace
 from .core import ConfigError, DataError, choose_dtype
 from .model import LanguageModel, ModelConfig, count_params, flops_per_token
 from .optim import make_optimizer
+from .scratch import transformer as scratch
+from .scratch.mlp import Adam as ScratchAdam
 from .trainer import Callback, Trainer, read_events, train
 
 # %% auto #0
-__all__ = ['PHASES', 'WITHOUT', 'PLAIN', 'TRAINER', 'SETTINGS', 'BARE', 'TRAINING_CHANGES', 'HARNESS', 'OURS', 'RANKS', 'TRAIN',
-           'ENCODE', 'matmul_rate', 'utilisation', 'PlainBlock', 'PlainGPT', 'plain_loop', 'op_times', 'Span',
-           'named_parts', 'row_of', 'trace_step', 'plot_spans', 'data_stall', 'block_activations', 'head_activations',
-           'optimizer_numbers', 'predict_memory', 'LiveMemory', 'mark_blocks', 'tensors_of', 'measure_memory',
-           'alternate', 'busy_seconds', 'compare', 'library_loop', 'bench_speed', 'machine', 'processor', 'Shape',
-           'Meter', 'peak_mb', 'library_steps', 'char_ids', 'plain_steps', 'sources', 'racers', 'bench_train',
-           'summary', 'with_ceilings', 'bench_changes', 'text_command', 'bench_tokenizers', 'ablate']
+__all__ = ['PHASES', 'SCRATCH_SHAPES', 'WITHOUT', 'PLAIN', 'TRAINER', 'SETTINGS', 'BARE', 'TRAINING_CHANGES', 'HARNESS', 'OURS',
+           'RANKS', 'TRAIN', 'ENCODE', 'matmul_rate', 'utilisation', 'PlainBlock', 'PlainGPT', 'plain_loop', 'op_times',
+           'Span', 'named_parts', 'row_of', 'trace_step', 'plot_spans', 'data_stall', 'block_activations',
+           'head_activations', 'optimizer_numbers', 'predict_memory', 'LiveMemory', 'mark_blocks', 'tensors_of',
+           'measure_memory', 'alternate', 'busy_seconds', 'compare', 'library_loop', 'bench_speed', 'machine',
+           'processor', 'scratch_loop', 'bench_scratch', 'Shape', 'Meter', 'peak_mb', 'library_steps', 'char_ids',
+           'plain_steps', 'sources', 'racers', 'bench_train', 'summary', 'with_ceilings', 'bench_changes',
+           'text_command', 'bench_tokenizers', 'ablate']
 
 # %% ../nbs/45_profile.ipynb #fbf90b23
 def matmul_rate(
@@ -500,6 +506,63 @@ def processor() -> str:  # such as "AMD EPYC, 2 cores"
     except OSError: info = ""
     name = re.search(r"model name\s*:\s*(.+)", info)
     return f"{name[1].strip() if name else platform.machine()}, {os.cpu_count()} cores"
+
+# %% ../nbs/45_profile.ipynb #sc-loop
+def scratch_loop(
+    engine: str,                     # "numpy": chapter 04; "torch": chapter 31, eager
+    shape: tuple[int, int, int],     # C, layers, T
+    steps: int = 12,                 # optimizer steps, after two that are not timed
+    batch_size: int = 16,            # B
+) -> float:                          # tokens a second, from the median step
+    "Train the same decoder-only model on random tokens with one of two engines."
+    C, L, T = shape
+    size, ids, took = {"vocab_size": 65, "dim": C, "n_layers": L, "context": T}, np.random.default_rng(0).integers(0, 65, (batch_size, T + 1)), []
+    step = _numpy_step(size, ids) if engine == "numpy" else _torch_step(size, torch.from_numpy(ids))
+    for _ in range(steps + 2):
+        start = time.perf_counter()
+        step()
+        took.append(time.perf_counter() - start)
+    return batch_size * T / statistics.median(took[2:])
+
+def _numpy_step(size: Mapping[str, int], ids: npt.NDArray[np.int64]) -> Callable[[], None]:
+    "One training step by hand."
+    c = scratch.Config(**size)  # type: ignore[arg-type]
+    params = scratch.init_transformer(c, np.random.default_rng(0))
+    optimizer = ScratchAdam(params)
+    def step() -> None:
+        logits, back = scratch.decoder(params, ids[:, :-1], c)
+        optimizer.step(back(scratch.token_loss(logits, ids[:, 1:]).back()))
+    return step
+
+def _torch_step(size: Mapping[str, int], ids: Tensor) -> Callable[[], None]:
+    "One training step of PyTorch's."
+    model = LanguageModel(ModelConfig(**size))
+    optimizer = torch.optim.Adam(model.parameters())
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return step
+
+# %% ../nbs/45_profile.ipynb #sc-bench
+SCRATCH_SHAPES = ((128, 4, 64), (256, 6, 128))  # C, layers, T
+
+def bench_scratch(
+    pairs: int = 5,                  # rounds of whole processes in turn
+    steps: int = 12,                 # optimizer steps in each process
+    shapes: Sequence[tuple[int, int, int]] = SCRATCH_SHAPES,  # C, layers, T
+) -> dict[str, Any]:                 # settings: threads, shape, ratio of NumPy's speed to PyTorch's; the machine, the versions, the date
+    "Training in NumPy beside PyTorch eager at the same size on the same threads, in alternating processes."
+    def command(engine: str, shape: tuple[int, int, int], threads: int) -> list[str]:
+        head = f"import os; os.environ.update(dict.fromkeys(['OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'], '{threads}')); "
+        call = f"import json; from fundamentallm.profile import scratch_loop as run; print(json.dumps({{'tokens_per_s': run({engine!r}, {shape!r}, {steps})}}))"
+        return [sys.executable, "-c", head + call]
+    settings = []
+    for shape, threads in product(shapes, sorted({1, os.cpu_count() or 1})):
+        figures = alternate({engine: command(engine, shape, threads) for engine in ("numpy", "torch")}, pairs, watch=True)
+        foreign = max(f["foreign_cores"] for each in figures.values() for f in each)
+        settings.append({"shape": list(shape), "threads": threads, "foreign_cores": round(foreign, 3), **compare(figures, "numpy", "torch")})
+    return {"settings": settings, **machine(), "numpy": np.__version__}
 
 # %% ../nbs/45_profile.ipynb #bt-shape
 class Shape(NamedTuple):

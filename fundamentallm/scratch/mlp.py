@@ -92,8 +92,9 @@ def _sigmoid(x: Array) -> Array:
 def _gelu(x: Array) -> tuple[Array, Array]:
     "GELU in its tanh form (Hendrycks and Gimpel 2016), and its slope."
     c = float(np.sqrt(2 / np.pi))  # a plain number: NumPy's own would turn float32 into float64
-    t = np.tanh(c * (x + 0.044715 * x**3))
-    return 0.5 * x * (1 + t), 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x)
+    square = x * x
+    t = np.tanh(c * x * (1 + 0.044715 * square))
+    return 0.5 * x * (1 + t), 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * square)
 
 def _curve(x: Array, name: str) -> tuple[Array, Array]:
     "An activation and its slope."
