@@ -140,8 +140,9 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:  # cosines and sines, each (T, D/2)
     "How far each pair of numbers is turned at each position: the angle is position / base^(2i/D) (Su et al. 2021, eq. 15)."
     if d_head % 2: raise ConfigError(f"rotating pairs needs an even width, not {d_head}: try {d_head + 1}")
-    speed = 1.0 / base ** (torch.arange(0, d_head, 2).float() / d_head)  # (D/2,) radians per token
-    angle = torch.arange(T).float()[:, None] * speed  # (T, D/2)
+    exact = torch.promote_types(torch.get_default_dtype(), torch.float32)  # float64 for a model that is built in it, else float32
+    speed = 1.0 / base ** (torch.arange(0, d_head, 2, dtype=exact) / d_head)  # (D/2,) radians per token
+    angle = torch.arange(T, dtype=exact)[:, None] * speed  # (T, D/2)
     return angle.cos(), angle.sin()
 
 # %% ../nbs/30_layers.ipynb #794faa96

@@ -5,6 +5,14 @@
 # %% ../nbs/31_model.ipynb #5cf22f9a
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, Literal, NamedTuple, Self
@@ -24,8 +32,9 @@ from .kernels.rope import rope
 from .layers import Block, alibi_bias, alibi_slopes, apply_rope, make_norm, rope_tables, sinusoidal_positions
 
 # %% auto #0
-__all__ = ['ModelConfig', 'make_block', 'rotate_heads', 'fused_attention', 'Places', 'places', 'one_query', 'Positions',
-           'init_weights', 'LanguageModel', 'n_params', 'count_params', 'count_flops', 'flops_per_token']
+__all__ = ['Answer', 'ModelConfig', 'make_block', 'rotate_heads', 'fused_attention', 'Places', 'places', 'one_query', 'Positions',
+           'init_weights', 'LanguageModel', 'n_params', 'count_params', 'count_flops', 'flops_per_token', 'EngineRow',
+           'engine_rows', 'three_engines', 'engine_table']
 
 # %% ../nbs/31_model.ipynb #e145a966
 def _near(n: int, step: int) -> str:
@@ -387,3 +396,86 @@ def flops_per_token(
 ) -> int:  # floating-point operations
     "6 N + 12 L H D T for a training step: what the model-FLOPs utilisation is counted with (Chowdhery et al. 2022, app. B)."
     return sum(count_flops(c, context).values()) * (3 if training else 1)
+
+# %% ../nbs/31_model.ipynb #eng-run
+class EngineRow(NamedTuple):
+    "How far an engine is from PyTorch in float64, and how long it took."
+    engine: str       # "PyTorch" | "NumPy" | "Triton"
+    dtype: str        # "float64" | "float32"
+    logits: float     # largest error, relative to the largest logit
+    loss: float       # error, relative
+    gradients: float  # largest error in the gradient of any parameter, relative to its largest entry
+    seconds: float    # forward and backward, the fastest of three
+
+Answer = tuple[Tensor, Tensor, dict[str, Tensor]]  # logits, loss, gradients by name, all float64
+
+def _in_torch(c: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype, ids: Tensor, targets: Tensor, device: str = "cpu") -> tuple[Answer, float]:
+    "Chapter 31, by PyTorch's operations or by Triton's kernels, as c.impl says."
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # so that the tables of positions have it too
+    try: model = LanguageModel(c).to(device)
+    finally: torch.set_default_dtype(before)
+    model.load_state_dict(weights, strict=False)
+    ids, targets, took = ids.to(device), targets.to(device), math.inf
+    for _ in range(1 if c.impl == "triton" and device == "cpu" else 3):  # interpreted kernels take a thousand times as long
+        model.zero_grad()
+        start = time.perf_counter()
+        loss = model.loss(ids, targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        took = min(took, time.perf_counter() - start)
+    with torch.no_grad(): logits = model(ids)
+    return (logits.cpu().double(), loss.detach().cpu().double(), {n: p.grad.cpu().double() for n, p in model.named_parameters() if p.grad is not None}), took
+
+# %% ../nbs/31_model.ipynb #eng-numpy
+def _in_numpy(c: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype, ids: Tensor, targets: Tensor) -> tuple[Answer, float]:
+    "Chapter 04, on the same weights under the same names."
+    from fundamentallm.scratch import transformer as scratch  # only this function needs it
+    shape = scratch.Config(**{f.name: getattr(c, f.name) for f in dataclasses.fields(scratch.Config) if hasattr(c, f.name)})
+    params, took = {n: w.to(dtype).numpy() for n, w in weights.items()}, math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        logits, back = scratch.decoder(params, ids.numpy(), shape)
+        loss = scratch.token_loss(logits, targets.numpy())
+        grads = back(loss.back())
+        took = min(took, time.perf_counter() - start)
+    return (torch.from_numpy(logits).double(), torch.tensor(loss.value, dtype=torch.float64), {n: torch.from_numpy(g).double() for n, g in grads.items()}), took
+
+def engine_rows(
+    c: ModelConfig,       # rope or sinusoidal positions, without qk_norm, d_head and dropout: what all three engines have
+    batch_size: int = 2,  # B; T is the context
+    seed: int = 0,        # of weights and ids
+) -> list[EngineRow]:     # PyTorch and NumPy in float64; PyTorch, NumPy and Triton in float32
+    "Run the three engines in this process; without a GPU Triton must have been imported with TRITON_INTERPRET=1 (see `three_engines`)."
+    torch.manual_seed(seed)
+    weights = {n: p.detach().double() + 0.02 * torch.randn(p.shape, dtype=torch.float64) for n, p in LanguageModel(c).named_parameters()}
+    ids, targets = torch.randint(c.vocab_size, (2, batch_size, c.context))
+    plain, fused, device = c.model_copy(update={"impl": "torch"}), c.model_copy(update={"impl": "triton"}), "cuda" if torch.cuda.is_available() else "cpu"
+    double, single = torch.float64, torch.float32
+    truth, took = _in_torch(plain, weights, double, ids, targets)
+    found = {("PyTorch", "float64"): (truth, took), ("NumPy", "float64"): _in_numpy(c, weights, double, ids, targets), ("PyTorch", "float32"): _in_torch(plain, weights, single, ids, targets),
+             ("NumPy", "float32"): _in_numpy(c, weights, single, ids, targets), ("Triton", "float32"): _in_torch(fused, weights, single, ids, targets, device)}
+    def far(a: Tensor, b: Tensor) -> float: return float((a - b).abs().max() / b.abs().max())
+    return [EngineRow(*who, far(logits, truth[0]), far(loss, truth[1]), max(far(grads[n], g) for n, g in truth[2].items()), t) for who, ((logits, loss, grads), t) in found.items()]
+
+# %% ../nbs/31_model.ipynb #eng-three
+def three_engines(
+    c: ModelConfig,       # see `engine_rows`
+    batch_size: int = 2,  # B
+    seed: int = 0,        # of weights and ids
+) -> list[EngineRow]:     # one a row of the table
+    "`engine_rows` in a process of its own, where Triton's kernels are interpreted if there is no GPU. Raises RuntimeError with what it said if it fails."
+    call = f"import json; from fundamentallm.model import ModelConfig, engine_rows; print(json.dumps(engine_rows(ModelConfig(**{c.model_dump()!r}), {batch_size}, {seed})))"
+    env = {**os.environ, "TRITON_INTERPRET": "0" if torch.cuda.is_available() else "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, env=env)
+    if done.returncode: raise RuntimeError(f"three_engines: {done.stderr.strip()[-500:]}")
+    return [EngineRow(*row) for row in json.loads(done.stdout.strip().splitlines()[-1])]
+
+def engine_table(
+    rows: Sequence[EngineRow],  # from `three_engines`
+) -> str:                       # Markdown
+    "The errors of each engine, and its time beside PyTorch's in the same precision."
+    peer = {r.dtype: r.seconds for r in rows if r.engine == "PyTorch"}
+    def error(x: float) -> str: return f"{x:.0e}" if x else "0"
+    def ratio(r: EngineRow) -> str: return f"{(t := r.seconds / peer[r.dtype]):,.{0 if t > 10 else 1}f}"
+    lines = [f"| {r.engine} | {r.dtype} | {error(r.logits)} | {error(r.loss)} | {error(r.gradients)} | {ratio(r)} |" for r in rows]
+    return "\n".join(["| engine | precision | logits | loss | gradients | time, PyTorch = 1 |", "|---|---|---|---|---|---|", *lines])

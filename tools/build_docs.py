@@ -25,7 +25,10 @@ def readme() -> str:
         if c.cell_type == "markdown": parts.append(body)
         elif body and not re.search(r"^#\|\s*hide", c.source, re.M):
             parts.append(f"```python\n{body}\n```")
-            parts += [f"```text\n{t.rstrip()}\n```" for o in c.outputs if (t := o.get("text") or o.get("data", {}).get("text/plain"))]
+            for o in c.outputs:
+                shown = o.get("data", {})
+                if "text/markdown" in shown: parts.append(shown["text/markdown"].rstrip())
+                elif t := o.get("text") or shown.get("text/plain"): parts.append(f"```text\n{t.rstrip()}\n```")
     text = re.sub(r"\]\((\d\d_[\w.]+\.ipynb)", r"](nbs/\1", "\n\n".join(parts))
     return re.sub(r"\]\((images/)", r"](nbs/\1", text) + "\n"
 

@@ -17,8 +17,8 @@ from ..core import ConfigError, DataError
 
 # %% auto #0
 __all__ = ['Array', 'Back', 'Params', 'ACTIVATIONS', 'LOSSES', 'check_shape', 'linear', 'central_differences', 'gradient_error',
-           'activation', 'Loss', 'mse', 'binary_cross_entropy', 'cross_entropy', 'loss_named', 'mlp', 'init_mlp', 'SGD',
-           'Adam', 'minibatches', 'train', 'Var', 'mutated']
+           'sigmoid', 'activation', 'Loss', 'mse', 'binary_cross_entropy', 'cross_entropy', 'loss_named', 'mlp',
+           'init_mlp', 'SGD', 'Adam', 'minibatches', 'train', 'Var', 'mutated']
 
 # %% ../../nbs/01_scratch.mlp.ipynb #ml-types
 Array = npt.NDArray[np.floating[Any]]
@@ -47,11 +47,13 @@ def linear(
     "x @ weight.T + bias. Raises DataError where the shapes do not fit."
     check_shape(layer, "x", x.shape, (weight.shape[1],))
     if bias is not None: check_shape(layer, "bias", bias.shape, (weight.shape[0],))
+    rows = x.reshape(-1, x.shape[-1])  # (B, K): whatever stands before the last axis is the batch
+    y = rows @ weight.T
+    if bias is not None: y += bias
     def back(dy: Array) -> tuple[Array, Array, Array | None]:
-        rows = dy.reshape(-1, dy.shape[-1])  # (B, N): whatever stands before the last axis is the batch
-        return dy @ weight, rows.T @ x.reshape(-1, x.shape[-1]), None if bias is None else rows.sum(0)
-    y = x @ weight.T
-    return (y if bias is None else y + bias), back
+        drows = dy.reshape(-1, dy.shape[-1])  # (B, N)
+        return (drows @ weight).reshape(x.shape), drows.T @ rows, None if bias is None else drows.sum(0)
+    return y.reshape(*x.shape[:-1], len(weight)), back
 
 # %% ../../nbs/01_scratch.mlp.ipynb #ml-nudge
 def central_differences(
@@ -84,8 +86,10 @@ def gradient_error(
     return max(errors)
 
 # %% ../../nbs/01_scratch.mlp.ipynb #ml-act1
-def _sigmoid(x: Array) -> Array:
-    "1 / (1 + exp(-x)), with an exponential that cannot overflow."
+def sigmoid(
+    x: Array,  # any shape
+) -> Array:  # between 0 and 1
+    "1 / (1 + exp(-x)), written so that no exponential overflows."
     y: Array = 0.5 * (1 + np.tanh(0.5 * x))
     return y
 
@@ -101,7 +105,7 @@ def _curve(x: Array, name: str) -> tuple[Array, Array]:
     if name == "relu": return np.maximum(x, 0), (x > 0).astype(x.dtype)
     if name == "tanh": return (t := np.tanh(x)), 1 - t * t
     if name == "gelu": return _gelu(x)
-    s = _sigmoid(x)
+    s = sigmoid(x)
     return (s, s * (1 - s)) if name == "sigmoid" else (x * s, s + x * s * (1 - s))
 
 ACTIVATIONS = ("relu", "sigmoid", "tanh", "silu", "gelu")
@@ -138,7 +142,7 @@ def binary_cross_entropy(
     "Surprise at yes or no, mean in nats: ln(1 + e^z) - t z, written so that neither end overflows."
     check_shape("binary_cross_entropy", "target", target.shape, logits.shape)
     value = np.maximum(logits, 0) - logits * target + np.log1p(np.exp(-np.abs(logits)))
-    return Loss(float(value.mean()), lambda: (_sigmoid(logits) - target) / logits.size)
+    return Loss(float(value.mean()), lambda: (sigmoid(logits) - target) / logits.size)
 
 def cross_entropy(
     logits: Array,  # (..., V)

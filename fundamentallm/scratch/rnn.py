@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core import ConfigError, DataError
-from .mlp import Adam, Array, Back, Params, _sigmoid, check_shape, cross_entropy, linear
+from .mlp import Adam, Array, Back, Params, check_shape, cross_entropy, linear, sigmoid
 
 # %% auto #0
 __all__ = ['Ids', 'State', 'Cell', 'RECURRENT', 'Mask', 'one_hot', 'embedding', 'rnn_cell', 'lstm_cell', 'gru_cell', 'zero_state',
@@ -44,12 +44,15 @@ def _check_ids(layer: str, ids: Ids, V: int) -> None:
 def embedding(
     ids: Ids,  # (...), each from 0 to V - 1
     weight: Array,  # (V, C): a row for each symbol
+    layer: str = "embedding",  # its name, for errors
 ) -> tuple[Array, Back]:  # (..., C); dx -> dweight
     "Look up the row of each symbol: one_hot(ids) @ weight, without the zeros."
-    _check_ids("embedding", ids, len(weight))
+    _check_ids(layer, ids, len(weight))
     def back(dx: Array) -> Array:
-        dweight = np.zeros_like(weight)
-        np.add.at(dweight, ids, dx)  # adds, even where a symbol comes twice
+        dweight, flat = np.zeros_like(weight), ids.ravel()
+        order = flat.argsort(kind="stable")  # equal symbols next to each other
+        symbols, first = np.unique(flat[order], return_index=True)  # where the run of each begins
+        dweight[symbols] = np.add.reduceat(dx.reshape(-1, dx.shape[-1])[order], first)
         return dweight
     return weight[ids], back
 
@@ -98,7 +101,7 @@ def lstm_cell(
     "c_t = f c_{t-1} + i g; h_t = o tanh(c_t) (Hochreiter and Schmidhuber 1997; Gers and others 2000)."
     c = state[1]
     a = np.split(ax + ah, 4, -1)
-    i, f, g, o = _sigmoid(a[0]), _sigmoid(a[1]), np.tanh(a[2]), _sigmoid(a[3])
+    i, f, g, o = sigmoid(a[0]), sigmoid(a[1]), np.tanh(a[2]), sigmoid(a[3])
     new = f * c + i * g
     t = np.tanh(new)
     def back(dh: Array, dc: Array) -> tuple[Array, Array, float, Array]:
@@ -116,7 +119,7 @@ def gru_cell(
 ) -> tuple[State, Back]:  # (h_t,); dh -> (dax, dah, dh_{t-1} beside the way through `ah`)
     "n = tanh(ax_n + r ah_n); h_t = (1 - z) n + z h_{t-1} (Cho and others 2014)."
     (h,), (xr, xz, xn), (hr, hz, hn) = state, np.split(ax, 3, -1), np.split(ah, 3, -1)
-    r, z = _sigmoid(xr + hr), _sigmoid(xz + hz)
+    r, z = sigmoid(xr + hr), sigmoid(xz + hz)
     n = np.tanh(xn + r * hn)
     def back(dh: Array) -> tuple[Array, Array, Array]:
         dn = dh * (1 - z) * (1 - n * n)

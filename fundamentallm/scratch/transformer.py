@@ -16,13 +16,14 @@ import numpy.typing as npt
 from ..core import ConfigError, DataError
 from .attention import Bools, Rotate, causal_mask, cross_attention, padding_mask, project, self_attention
 from .mlp import Array, Back, Loss, Params, activation, check_shape
+from .rnn import embedding
 
 # %% auto #0
 __all__ = ['Ints', 'Grads', 'Layer', 'Shapes', 'Looks', 'Maps', 'IGNORE', 'Step', 'add_grads', 'chain', 'residual', 'rms_norm',
-           'layer_norm', 'rope_tables', 'rope', 'sinusoids', 'embedding', 'glu', 'feed_forward', 'drawn', 'dropout',
-           'Config', 'param_shapes', 'init_transformer', 'check_params', 'Look', 'normalise', 'attend', 'block',
-           'embed', 'stack', 'decoder', 'token_loss', 'encode', 'decode', 'seq2seq', 'greedy', 'beam_search',
-           'log_softmax', 'next_token', 'noam']
+           'layer_norm', 'rope_tables', 'rope', 'sinusoids', 'glu', 'feed_forward', 'drawn', 'dropout', 'Config',
+           'param_shapes', 'init_transformer', 'check_params', 'Look', 'normalise', 'attend', 'block', 'embed', 'stack',
+           'decoder', 'token_loss', 'encode', 'decode', 'seq2seq', 'greedy', 'beam_search', 'log_softmax', 'next_token',
+           'noam']
 
 # %% ../../nbs/04_scratch.transformer.ipynb #tr-chain1
 Ints = npt.NDArray[np.int64]
@@ -139,24 +140,6 @@ def sinusoids(
     "Sines in the even columns, cosines in the odd (Vaswani et al. 2017, 3.5)."
     cos, sin = rope_tables(T, C)
     return np.stack([sin, cos], -1).reshape(T, C)
-
-# %% ../../nbs/04_scratch.transformer.ipynb #tr-embed1
-def embedding(
-    weight: Array,  # (V, C), a row for each token
-    ids: Ints,  # (...)
-    layer: str = "embedding",  # its name, for errors
-) -> tuple[Array, Back]:  # (..., C); dy -> dweight
-    "Pick rows; back: each row gets the sum over the places where its token stands."
-    if not ids.size: raise DataError(f"{layer}: ids has shape {ids.shape}, wanted (..., any): the batch is empty")
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= len(weight): raise DataError(f"{layer}: id {low if low < 0 else high} is outside the vocabulary of {len(weight)} (0 to {len(weight) - 1})")
-    def back(dy: Array) -> Array:
-        grad, flat = np.zeros_like(weight), ids.ravel()
-        order = flat.argsort(kind="stable")
-        tokens, first = np.unique(flat[order], return_index=True)  # where each token's run begins
-        grad[tokens] = np.add.reduceat(dy.reshape(-1, dy.shape[-1])[order], first)
-        return grad
-    return weight[ids], back
 
 # %% ../../nbs/04_scratch.transformer.ipynb #tr-ff1
 def glu(
@@ -368,7 +351,7 @@ def embed(
     "Tokens as vectors that know their place. Raises DataError for ids outside the vocabulary, and for more of them than positions."
     if ids.ndim != 2: raise DataError(f"{name}: ids has shape {ids.shape}, wanted (B, T)")
     if ids.shape[1] > c.context: raise DataError(f"{name}: ids has shape {ids.shape}, wanted (B, at most {c.context}): a longer sequence than there are positions")
-    x, way = embedding(params[f"{name}.weight"], ids, name)
+    x, way = embedding(ids, params[f"{name}.weight"], name)
     factor = c.dim**0.5 if c.positions == "sinusoidal" else 1.0
     if c.positions == "sinusoidal": x = x * factor + sinusoids(ids.shape[1], c.dim).astype(x.dtype)
     x, drop = dropout(c.dropout, rng, x)
