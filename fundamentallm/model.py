@@ -429,7 +429,7 @@ def _in_torch(c: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype, id
 # %% ../nbs/31_model.ipynb #eng-numpy
 def _in_numpy(c: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype, ids: Tensor, targets: Tensor) -> tuple[Answer, float]:
     "Chapter 04, on the same weights under the same names."
-    from fundamentallm.scratch import transformer as scratch  # only this function needs it
+    import fundamentallm.scratch.transformer as scratch  # only this function needs it
     shape = scratch.Config(**{f.name: getattr(c, f.name) for f in dataclasses.fields(scratch.Config) if hasattr(c, f.name)})
     params, took = {n: w.to(dtype).numpy() for n, w in weights.items()}, math.inf
     for _ in range(3):

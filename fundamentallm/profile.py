@@ -42,7 +42,7 @@ from .config import load_config, replace
 from .core import ConfigError, DataError, choose_dtype
 from .model import LanguageModel, ModelConfig, count_params, flops_per_token
 from .optim import make_optimizer
-from .scratch import transformer as scratch
+import fundamentallm.scratch.transformer as scratch
 from .scratch.mlp import Adam as ScratchAdam
 from .trainer import Callback, Trainer, read_events, train
 
