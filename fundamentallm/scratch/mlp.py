@@ -16,9 +16,9 @@ import numpy.typing as npt
 from ..core import ConfigError, DataError
 
 # %% auto #0
-__all__ = ['Array', 'Back', 'Params', 'ACTIVATIONS', 'LOSSES', 'check_shape', 'linear', 'central_differences', 'gradient_error',
-           'sigmoid', 'activation', 'Loss', 'mse', 'binary_cross_entropy', 'cross_entropy', 'loss_named', 'mlp',
-           'init_mlp', 'SGD', 'Adam', 'minibatches', 'train', 'Var', 'mutated']
+__all__ = ['Array', 'Back', 'Params', 'ACTIVATIONS', 'LOSSES', 'check_shape', 'check_same', 'linear', 'central_differences',
+           'gradient_error', 'sigmoid', 'activation', 'Loss', 'mse', 'binary_cross_entropy', 'check_targets',
+           'cross_entropy', 'loss_named', 'mlp', 'init_mlp', 'SGD', 'Adam', 'minibatches', 'train', 'Var', 'mutated']
 
 # %% ../../nbs/01_scratch.mlp.ipynb #ml-types
 Array = npt.NDArray[np.floating[Any]]
@@ -38,6 +38,16 @@ def check_shape(
         text = ", ".join(["..."] + ["any" if w is None else str(w) for w in wanted])
         raise DataError(f"{layer}: {what} has shape {given}, wanted ({text})" + (": the batch is empty" if 0 in given else ""))
 
+def check_same(
+    layer: str,  # who is asking, for the message
+    what: str,  # the name of the array
+    given: tuple[int, ...],  # its shape
+    wanted: tuple[int, ...],  # what it must be, exactly: broadcasting would hide a mistake
+) -> None:
+    "Raise DataError unless the shapes are equal and not empty."
+    if given != wanted or 0 in given: raise DataError(f"{layer}: {what} has shape {given}, wanted {wanted}" + (": the batch is empty" if 0 in given else ""))
+
+# %% ../../nbs/01_scratch.mlp.ipynb #ml-linear0
 def linear(
     x: Array,  # (..., K)
     weight: Array,  # (N, K), one row for each output, as in PyTorch
@@ -45,12 +55,14 @@ def linear(
     layer: str = "linear",  # its name, for errors
 ) -> tuple[Array, Back]:  # y, (..., N); dy -> (dx, dweight, dbias)
     "x @ weight.T + bias. Raises DataError where the shapes do not fit."
+    if weight.ndim != 2: raise DataError(f"{layer}: weight has shape {weight.shape}, wanted (N, K)")
     check_shape(layer, "x", x.shape, (weight.shape[1],))
-    if bias is not None: check_shape(layer, "bias", bias.shape, (weight.shape[0],))
+    if bias is not None: check_same(layer, "bias", bias.shape, weight.shape[:1])
     rows = x.reshape(-1, x.shape[-1])  # (B, K): whatever stands before the last axis is the batch
     y = rows @ weight.T
     if bias is not None: y += bias
     def back(dy: Array) -> tuple[Array, Array, Array | None]:
+        check_same(layer, "dy", dy.shape, (*x.shape[:-1], len(weight)))
         drows = dy.reshape(-1, dy.shape[-1])  # (B, N)
         return (drows @ weight).reshape(x.shape), drows.T @ rows, None if bias is None else drows.sum(0)
     return y.reshape(*x.shape[:-1], len(weight)), back
@@ -61,7 +73,8 @@ def central_differences(
     x: Array,  # float64; nudged in place and put back
     eps: float = 1e-6,  # how far
 ) -> Array:  # like x: df/dx
-    "The gradient of a loss by nudging every entry: slow, and right to about eight digits."
+    "The gradient of a loss by nudging every entry: slow, and right to nine or ten digits."
+    if x.dtype != np.float64: raise DataError(f"central_differences: x is {x.dtype}, wanted float64: a nudge of {eps} would be lost in it")
     grad = np.zeros_like(x)
     for i in np.ndindex(x.shape):
         kept = x[i]
@@ -82,8 +95,9 @@ def gradient_error(
     errors = [0.0]
     for x, dx in zip(inputs, found if isinstance(found, tuple) else (found,), strict=True):
         want = central_differences(lambda: float((forward(*inputs)[0] * dy).sum()), x)
+        check_same("gradient_error", "a gradient", np.shape(dx), x.shape)
         errors.append(float(np.abs(dx - want).max() / max(np.abs(want).max(), 1e-12)))
-    return max(errors)
+    return float(np.max(errors))  # unlike max(), np.max hands a nan on
 
 # %% ../../nbs/01_scratch.mlp.ipynb #ml-act1
 def sigmoid(
@@ -108,6 +122,7 @@ def _curve(x: Array, name: str) -> tuple[Array, Array]:
     s = sigmoid(x)
     return (s, s * (1 - s)) if name == "sigmoid" else (x * s, s + x * s * (1 - s))
 
+# %% ../../nbs/01_scratch.mlp.ipynb #ml-act1b
 ACTIVATIONS = ("relu", "sigmoid", "tanh", "silu", "gelu")
 
 def activation(
@@ -131,26 +146,39 @@ def mse(
     target: Array,  # like y
 ) -> Loss:
     "Mean squared error."
-    check_shape("mse", "target", target.shape, y.shape)
+    check_same("mse", "target", target.shape, y.shape)
     diff = y - target
     return Loss(float((diff * diff).mean()), lambda: 2 * diff / diff.size)
 
+# %% ../../nbs/01_scratch.mlp.ipynb #ml-loss-b
 def binary_cross_entropy(
     logits: Array,  # any shape: the score of "yes"
     target: Array,  # like logits: 1 yes, 0 no
 ) -> Loss:
     "Surprise at yes or no, mean in nats: ln(1 + e^z) - t z, written so that neither end overflows."
-    check_shape("binary_cross_entropy", "target", target.shape, logits.shape)
+    check_same("binary_cross_entropy", "target", target.shape, logits.shape)
     value = np.maximum(logits, 0) - logits * target + np.log1p(np.exp(-np.abs(logits)))
     return Loss(float(value.mean()), lambda: (sigmoid(logits) - target) / logits.size)
 
+# %% ../../nbs/01_scratch.mlp.ipynb #ml-loss-c
+def check_targets(
+    layer: str,  # who is asking, for the message
+    logits: Array,  # (..., V)
+    targets: npt.NDArray[Any],  # should be (...), whole numbers
+) -> None:
+    "Raise DataError unless there is one whole number for each row of logits."
+    if targets.dtype.kind not in "iu": raise DataError(f"{layer}: targets are {targets.dtype}, wanted whole numbers")
+    if logits.ndim > 1 or targets.ndim: check_same(layer, "targets", targets.shape, logits.shape[:-1])
+    if not logits.ndim or not logits.shape[-1]: raise DataError(f"{layer}: logits has shape {logits.shape}, wanted (..., V)")
+
+# %% ../../nbs/01_scratch.mlp.ipynb #ml-loss-d
 def cross_entropy(
     logits: Array,  # (..., V)
     targets: npt.NDArray[np.integer[Any]],  # the right choices, (...)
 ) -> Loss:
     "Surprise at the right choice, mean in nats."
+    check_targets("cross_entropy", logits, targets)
     V = logits.shape[-1]
-    check_shape("cross_entropy", "targets", targets.shape, logits.shape[:-1])
     if targets.min() < 0 or targets.max() >= V: raise DataError(f"cross_entropy: target {targets.min() if targets.min() < 0 else targets.max()} is not one of {V} choices (0 to {V - 1})")
     z = logits - logits.max(-1, keepdims=True)  # the largest is 0: nothing overflows, and the probabilities are the same
     log_p = z - np.log(np.exp(z).sum(-1, keepdims=True))
@@ -162,6 +190,7 @@ def cross_entropy(
         return dz
     return Loss(float(-np.take_along_axis(log_p, right, -1).mean()), back)
 
+# %% ../../nbs/01_scratch.mlp.ipynb #ml-loss-e
 LOSSES: dict[str, Callable[[Array, Any], Loss]] = {"mse": mse, "binary_cross_entropy": binary_cross_entropy, "cross_entropy": cross_entropy}
 
 def loss_named(
@@ -179,8 +208,10 @@ def mlp(
 ) -> tuple[Array, Back]:  # (B, N); dy -> (dx, gradients under the names of the parameters)
     "Linear layers with an activation between them: a multi-layer perceptron."
     n, ways = len(params) // 2, list[Back]()
+    if odd := params.keys() ^ {f"layers.{i}.{part}" for i in range(max(n, 1)) for part in ("weight", "bias")}: raise DataError(f"mlp: parameter {min(odd)!r} is {'not one of a network' if min(odd) in params else 'missing'}: see init_mlp")
+    if bend not in ACTIVATIONS: raise ConfigError(f"activation={bend!r} is not known: use {', '.join(ACTIVATIONS)}")
     for i in range(n):
-        x, way = linear(x, params[f"layers.{i}.weight"], params[f"layers.{i}.bias"]); ways.append(way)
+        x, way = linear(x, params[f"layers.{i}.weight"], params[f"layers.{i}.bias"], f"layers.{i}"); ways.append(way)
         if i < n - 1: x, way = activation(x, bend); ways.append(way)
     def back(dy: Array) -> tuple[Array, dict[str, Array]]:
         grads = dict[str, Array]()
@@ -198,7 +229,7 @@ def init_mlp(
     dtype: npt.DTypeLike = np.float64,  # of the arrays
 ) -> dict[str, Array]:  # parameters for `mlp`
     "Random weights, zero biases."
-    if len(sizes) < 2: raise ConfigError(f"sizes={sizes}: give at least the inputs and the outputs")
+    if len(sizes) < 2 or min(sizes) < 1: raise ConfigError(f"sizes={sizes}: give at least the inputs and the outputs, each at least 1")
     params = dict[str, Array]()
     for i, (K, N) in enumerate(zip(sizes, sizes[1:])):
         params[f"layers.{i}.weight"] = (rng.standard_normal((N, K)) * gain / np.sqrt(K)).astype(dtype)
@@ -206,6 +237,12 @@ def init_mlp(
     return params
 
 # %% ../../nbs/01_scratch.mlp.ipynb #ml-opt1
+def _check_grads(name: str, params: Params, grads: Params) -> None:
+    "Raise DataError, before anything moves, unless every parameter has a gradient of its shape."
+    for k, p in params.items():
+        if k not in grads: raise DataError(f"{name}: there is no gradient of {k}")
+        check_same(name, f"the gradient of {k}", np.shape(grads[k]), p.shape)
+
 class SGD:
     "Steps against the gradient, with momentum if asked."
 
@@ -223,10 +260,12 @@ class SGD:
         grads: Params,  # under the names of the parameters
     ) -> None:
         "speed = momentum speed + gradient; p = p - lr speed."
+        _check_grads("SGD", self.params, grads)
         for k, p in self.params.items():
             self.speed[k] = self.momentum * self.speed[k] + grads[k]
             p -= self.lr * self.speed[k]
 
+# %% ../../nbs/01_scratch.mlp.ipynb #ml-opt1b
 class Adam:
     "Steps of about the same length for every parameter (Kingma and Ba 2015, algorithm 1)."
 
@@ -245,6 +284,7 @@ class Adam:
         grads: Params,  # under the names of the parameters
     ) -> None:
         "One step; the means, which begin at zero, are corrected for it."
+        _check_grads("Adam", self.params, grads)
         self.t += 1
         b1, b2 = self.betas
         for k, p in self.params.items():
@@ -259,6 +299,7 @@ def minibatches(
     rng: np.random.Generator,  # the order
 ) -> Iterator[npt.NDArray[np.int64]]:  # places of the examples of each batch
     "Every example once, in random order."
+    if size < 1: raise ConfigError(f"batch_size={size}: take at least one example")
     order = rng.permutation(n)
     for start in range(0, n, size): yield order[start:start + size]
 
@@ -293,8 +334,10 @@ def _unstretch(grad: Array, shape: tuple[int, ...]) -> Array:
     summed: Array = grad.sum(tuple(i for i, n in enumerate(shape) if n == 1 and grad.shape[i] > 1), keepdims=True)
     return summed
 
+# %% ../../nbs/01_scratch.mlp.ipynb #ml-auto1b
 class Var:
     "An array that remembers where it came from."
+    __array_ufunc__ = None  # so that array * Var asks the Var
 
     def __init__(
         self,
@@ -313,6 +356,7 @@ class Var:
         return Var(self.value * other.value, ((self, lambda g: g * other.value), (other, lambda g: g * self.value)))
 
     def __matmul__(self, other: Var) -> Var:
+        if self.value.ndim != 2 or other.value.ndim != 2: raise DataError(f"Var @: shapes {self.value.shape} and {other.value.shape}, wanted two matrices")
         return Var(self.value @ other.value, ((self, lambda g: g @ other.value.T), (other, lambda g: self.value.T @ g)))
 
     @property
@@ -322,6 +366,7 @@ class Var:
 
     def __neg__(self) -> Var: return self * -1.0
     def __sub__(self, other: Any) -> Var: return self.__add__(-other)
+    def __rsub__(self, other: Any) -> Var: return (-self).__add__(other)
     __radd__, __rmul__ = __add__, __mul__
 
     def apply(
@@ -345,6 +390,8 @@ class Var:
             for parent, _ in v.parents: visit(parent)
             order.append(v)
         visit(self)
+        for v in order:
+            if v.parents: v.grad = np.zeros_like(v.value)  # what an earlier call left on the way; inputs keep adding up
         self.grad = np.ones_like(self.value)
         for v in reversed(order):
             for parent, way in v.parents: parent.grad = parent.grad + _unstretch(way(v.grad), parent.value.shape)
@@ -356,9 +403,15 @@ def mutated(
     new: str,  # what is written in its place, the first time it occurs
 ) -> Callable[..., Any]:  # the same function with the mistake
     "A function with one deliberate mistake, to see whether its test notices. Raises DataError if there is no such piece."
-    source = textwrap.dedent(inspect.getsource(function))
+    try: source = textwrap.dedent(inspect.getsource(function))
+    except (TypeError, OSError): raise DataError(f"{function!r} has no source in Python") from None
+    if not inspect.isfunction(function) or function.__closure__ or not source.startswith(("def ", "@")): raise DataError(f"{function!r} is not a plain function written with def")
+    if not old or old == new: raise DataError(f"{function.__name__}: {old!r} -> {new!r} changes nothing")
     if old not in source: raise DataError(f"{function.__name__} has no {old!r} in its source")
     namespace = dict(function.__globals__)
-    exec(source.replace(old, new, 1), namespace)
+    namespace.pop(function.__name__, None)
+    try: exec(source.replace(old, new, 1), namespace)
+    except SyntaxError as e: raise DataError(f"{function.__name__} with {new!r} is not Python: {e.msg}") from None
+    if function.__name__ not in namespace: raise DataError(f"{function.__name__}: {old!r} -> {new!r} takes its name away")
     made: Callable[..., Any] = namespace[function.__name__]
     return made

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ..core import ConfigError, DataError
 from .attention import Bools, Rotate, causal_mask, cross_attention, padding_mask, project, self_attention
-from .mlp import Array, Back, Loss, Params, activation, check_shape
+from .mlp import Array, Back, Loss, Params, activation, check_same, check_shape, check_targets
 from .rnn import embedding
 
 # %% auto #0
@@ -37,6 +37,7 @@ def add_grads(
     "Gradients of the same name add up."
     for name, g in new.items(): total[name] = total[name] + g if name in total else g
 
+# %% ../../nbs/04_scratch.transformer.ipynb #tr-chain1b
 def chain(
     x: Array,  # input of the first layer
     *layers: Layer,  # one after the other
@@ -59,6 +60,7 @@ def residual(
 ) -> tuple[Array, Back]:  # x + what the chain found; dy -> (dx, gradients)
     "x + f(x): what comes back takes both ways."
     y, way = chain(x, *layers)
+    check_same("residual", "what the chain returned", y.shape, x.shape)
     def back(dy: Array) -> tuple[Array, Grads]:
         dx, grads = way(dy)
         return dy + dx, grads
@@ -76,13 +78,15 @@ def _column_sums(a: Array, b: Array) -> Array:
     sums: Array = np.einsum("nc,nc->c", a.reshape(-1, C), b.reshape(-1, C))
     return sums
 
+# %% ../../nbs/04_scratch.transformer.ipynb #tr-norm1b
 def rms_norm(
     x: Array,  # (..., C)
     weight: Array,  # (C,)
     eps: float = 1e-5,  # added to the mean square
 ) -> tuple[Array, Back]:  # (..., C); dy -> (dx, dweight)
     "x / rms(x) * weight (Zhang and Sennrich 2019, eq. 4)."
-    check_shape("rms_norm", "x", x.shape, weight.shape)
+    check_shape("rms_norm", "x", x.shape, (None,))
+    check_same("rms_norm", "weight", weight.shape, x.shape[-1:])
     r = 1 / np.sqrt(_row_means(x, x) + eps)
     n = x * r
     def back(dy: Array) -> tuple[Array, Array]:
@@ -98,7 +102,9 @@ def layer_norm(
     eps: float = 1e-5,  # added to the variance
 ) -> tuple[Array, Back]:  # (..., C); dy -> (dx, dweight, dbias)
     "(x - mean) / standard deviation * weight + bias (Ba et al. 2016, eq. 4)."
-    check_shape("layer_norm", "x", x.shape, weight.shape)
+    check_shape("layer_norm", "x", x.shape, (None,))
+    check_same("layer_norm", "weight", weight.shape, x.shape[-1:])
+    if bias is not None: check_same("layer_norm", "bias", bias.shape, weight.shape)
     centred = x - x.mean(-1, keepdims=True)
     r = 1 / np.sqrt(_row_means(centred, centred) + eps)
     n = centred * r
@@ -116,23 +122,28 @@ def rope_tables(
     base: float = 10000.0,  # the slowest pair turns once in about 2 pi base tokens
 ) -> tuple[Array, Array]:  # cosines and sines, each (T, D/2)
     "How far each pair is turned at each position: position / base^(2i/D) (Su et al. 2021, eq. 15)."
-    if D % 2: raise ConfigError(f"rope_tables: pairs need an even width, not {D}: try {D + 1}")
+    if D % 2 or D < 2: raise ConfigError(f"rope_tables: pairs need an even width, not {D}: try {max(D, 1) + 1}")
+    if T < 1 or base <= 0: raise ConfigError(f"rope_tables: T={T}, base={base}: both must be positive")
     angle = np.arange(T)[:, None] / base ** (np.arange(0, D, 2) / D)
     return np.cos(angle), np.sin(angle)
 
+# %% ../../nbs/04_scratch.transformer.ipynb #tr-pos1b
 def rope(
     x: Array,  # queries or keys, (..., T, D)
     cos: Array,  # (T, D/2), from `rope_tables`
     sin: Array,  # (T, D/2)
 ) -> tuple[Array, Back]:  # (..., T, D); dy -> dx
     "Turn the pairs (x_i, x_(i + D/2)) by their angles."
-    check_shape("rope", "x", x.shape, (len(cos), 2 * cos.shape[1]))
+    check_same("rope", "sin", sin.shape, cos.shape)
+    check_shape("rope", "x", x.shape, (len(cos), 2 * cos.shape[-1]))
+    if x.dtype.kind != "f": raise DataError(f"rope: x is {x.dtype}, wanted floating: whole numbers cannot be turned")
     cos, sin, half = cos.astype(x.dtype), sin.astype(x.dtype), cos.shape[1]
     def turn(x: Array, sin: Array) -> Array:
         a, b = x[..., :half], x[..., half:]
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
     return turn(x, sin), lambda dy: turn(dy, -sin)
 
+# %% ../../nbs/04_scratch.transformer.ipynb #tr-pos1c
 def sinusoids(
     T: int,  # positions
     C: int,  # width, even
@@ -152,6 +163,7 @@ def glu(
     def back(dy: Array) -> Array: return np.concatenate([way(dy * up), dy * bent], -1)
     return bent * up, back
 
+# %% ../../nbs/04_scratch.transformer.ipynb #tr-ff1b
 def feed_forward(
     params: Params,  # {name}.gate_up or {name}.up, and {name}.down
     name: str,  # such as "blocks.0.ff"
@@ -176,10 +188,12 @@ def drawn(
     dtype: npt.DTypeLike,  # of the factors
 ) -> Array | None:  # 0 where dropped, 1 / (1 - p) elsewhere; none: nothing is dropped
     "What to multiply by."
+    if not 0 <= p < 1: raise ConfigError(f"dropout={p} is not a share: use 0 to 1")
     if rng is None or p == 0: return None
     factors: Array = (rng.random(shape, dtype=np.float32) >= p) * np.asarray(1 / (1 - p), dtype)
     return factors
 
+# %% ../../nbs/04_scratch.transformer.ipynb #tr-drop1b
 def dropout(
     p: float,  # probability of dropping a number
     rng: np.random.Generator | None,  # none: not in training
@@ -189,6 +203,23 @@ def dropout(
     keep = drawn(x.shape, p, rng, x.dtype)
     def back(dy: Array) -> tuple[Array, Grads]: return (dy if keep is None else dy * keep), {}
     return (x if keep is None else x * keep), back
+
+# %% ../../nbs/04_scratch.transformer.ipynb #tr-config0
+def _check_config(c: Config) -> None:
+    "Raise ConfigError where a setting cannot be, or two contradict each other."
+    for field, names in (("norm", ("rmsnorm", "layernorm")), ("positions", ("rope", "sinusoidal")), ("activation", ("swiglu", "gelu"))):
+        if getattr(c, field) not in names: raise ConfigError(f"{field}={getattr(c, field)!r} is not known: use {' or '.join(names)}")
+    sizes = {f: getattr(c, f) for f in ("vocab_size", "source_vocab", "context", "dim", "n_layers", "n_heads", "n_kv_heads", "hidden")}
+    for f, size in sizes.items():
+        if size is not None and not isinstance(size, (int, np.integer)): raise ConfigError(f"{f}={size!r} is not a whole number")
+    if c.source_vocab < 0 or c.hidden is not None and c.hidden < 1 or c.n_kv_heads == 0: raise ConfigError(f"source_vocab={c.source_vocab}, hidden={c.hidden}, n_kv_heads={c.n_kv_heads}: none may be negative, and the last two not 0")
+    if not (c.norm_eps >= 0 and c.rope_base > 0): raise ConfigError(f"norm_eps={c.norm_eps}, rope_base={c.rope_base}: give positive numbers")
+    if c.positions == "sinusoidal" and c.dim % 2: raise ConfigError(f"sinusoids come in pairs: dim={c.dim} is odd, give {c.dim + 1}")
+    if min(c.vocab_size, c.context, c.dim, c.n_layers, c.n_heads, c.kv_heads) < 1: raise ConfigError(f"every size must be at least 1: {c}")
+    if c.dim % c.n_heads or c.n_heads % c.kv_heads: raise ConfigError(f"dim={c.dim}, n_heads={c.n_heads}, n_kv_heads={c.kv_heads}: each must be a multiple of the next")
+    if c.source_vocab and c.kv_heads != c.n_heads: raise ConfigError(f"n_kv_heads={c.kv_heads}: an encoder-decoder has as many as n_heads={c.n_heads}")
+    if c.positions == "rope" and c.head_dim % 2: raise ConfigError(f"rope turns pairs, a head has {c.head_dim} numbers: give dim={2 * c.n_heads * c.head_dim}")
+    if not 0 <= c.dropout < 1: raise ConfigError(f"dropout={c.dropout} is not a share: use 0 to 1")
 
 # %% ../../nbs/04_scratch.transformer.ipynb #tr-config1
 @dataclass(frozen=True)
@@ -211,14 +242,7 @@ class Config:
     dropout: float = 0.0  # share of the numbers dropped in training
     tie: bool = True  # one matrix for the (target) embedding and the head
 
-    def __post_init__(self) -> None:
-        for field, names in (("norm", ("rmsnorm", "layernorm")), ("positions", ("rope", "sinusoidal")), ("activation", ("swiglu", "gelu"))):
-            if getattr(self, field) not in names: raise ConfigError(f"{field}={getattr(self, field)!r} is not known: use {' or '.join(names)}")
-        if min(self.vocab_size, self.context, self.dim, self.n_layers, self.n_heads, self.kv_heads) < 1: raise ConfigError(f"every size must be at least 1: {self}")
-        if self.dim % self.n_heads or self.n_heads % self.kv_heads: raise ConfigError(f"dim={self.dim}, n_heads={self.n_heads}, n_kv_heads={self.kv_heads}: each must be a multiple of the next")
-        if self.source_vocab and self.kv_heads != self.n_heads: raise ConfigError(f"n_kv_heads={self.kv_heads}: an encoder-decoder has as many as n_heads={self.n_heads}")
-        if self.positions == "rope" and self.head_dim % 2: raise ConfigError(f"rope turns pairs, a head has {self.head_dim} numbers: give dim={2 * self.n_heads * self.head_dim}")
-        if not 0 <= self.dropout < 1: raise ConfigError(f"dropout={self.dropout} is not a share: use 0 to 1")
+    def __post_init__(self) -> None: _check_config(self)
 
     @property
     def kv_heads(self) -> int:  # H_kv
@@ -245,6 +269,7 @@ def _block_shapes(c: Config, cross: bool) -> Shapes:
     if cross: s |= {"cross.q": (C, C), "cross.kv": (2 * C, C), "cross.out": (C, C), "norm3": (C,)}
     return s | {f"ff.{up}": (2 * F if up == "gate_up" else F, C), "ff.down": (C, F)}
 
+# %% ../../nbs/04_scratch.transformer.ipynb #tr-shapes1b
 def param_shapes(
     c: Config,  # shape of the model
 ) -> Shapes:  # name -> shape; those of chapter 31's, if there is no encoder
@@ -257,6 +282,7 @@ def param_shapes(
     s |= tables | ({} if c.tie else {"head": (c.vocab_size, c.dim)})
     return {f"{name}.weight": shape for name, shape in s.items()} | {f"{name}.bias": s[name][:1] for name in has_bias}
 
+# %% ../../nbs/04_scratch.transformer.ipynb #tr-shapes1c
 def init_transformer(
     c: Config,  # shape of the model
     rng: np.random.Generator,  # where the numbers come from
@@ -266,9 +292,10 @@ def init_transformer(
     "Random matrices, norms of one, biases of zero."
     def start(name: str, shape: tuple[int, ...]) -> Array:
         if name.endswith(".bias"): return np.zeros(shape)
-        return rng.standard_normal(shape) * (std or shape[1] ** -0.5) if len(shape) == 2 else np.ones(shape)
+        return rng.standard_normal(shape) * (shape[1] ** -0.5 if std is None else std) if len(shape) == 2 else np.ones(shape)
     return {name: start(name, shape).astype(dtype) for name, shape in param_shapes(c).items()}
 
+# %% ../../nbs/04_scratch.transformer.ipynb #tr-shapes1d
 def check_params(
     params: Params,  # name -> array
     c: Config,  # shape of the model
@@ -289,6 +316,7 @@ class Look(NamedTuple):
 Looks = Mapping[str, Look]  # "attn", and perhaps "cross"
 Maps = dict[str, Array]  # attention's name -> weights, (B, H, T_q, T_k)
 
+# %% ../../nbs/04_scratch.transformer.ipynb #tr-block1b
 def normalise(
     params: Params,  # {name}.weight, perhaps {name}.bias
     name: str,  # such as "blocks.0.norm1"
@@ -296,6 +324,7 @@ def normalise(
     x: Array,  # (..., C)
 ) -> tuple[Array, Back]:  # (..., C); dy -> (dx, gradients)
     "The norm that the configuration asks for."
+    if f"{name}.weight" not in params: raise ConfigError(f"{name}: there is no parameter {name}.weight")
     weight = params[f"{name}.weight"]
     y, way = rms_norm(x, weight, c.norm_eps) if c.norm == "rmsnorm" else layer_norm(x, weight, params.get(f"{name}.bias"), c.norm_eps)
     def back(dy: Array) -> tuple[Array, Grads]:
@@ -324,6 +353,7 @@ def attend(
         return dx, grads | ({"memory": dmemory[0]} if dmemory else {})
     return y, back
 
+# %% ../../nbs/04_scratch.transformer.ipynb #tr-block2b
 def block(
     params: Params,  # {name}.norm1, {name}.attn, ...
     name: str,  # such as "blocks.0"
@@ -351,6 +381,7 @@ def embed(
     "Tokens as vectors that know their place. Raises DataError for ids outside the vocabulary, and for more of them than positions."
     if ids.ndim != 2: raise DataError(f"{name}: ids has shape {ids.shape}, wanted (B, T)")
     if ids.shape[1] > c.context: raise DataError(f"{name}: ids has shape {ids.shape}, wanted (B, at most {c.context}): a longer sequence than there are positions")
+    if f"{name}.weight" not in params: raise ConfigError(f"{name}: there is no parameter {name}.weight")
     x, way = embedding(ids, params[f"{name}.weight"], name)
     factor = c.dim**0.5 if c.positions == "sinusoidal" else 1.0
     if c.positions == "sinusoidal": x = x * factor + sinusoids(ids.shape[1], c.dim).astype(x.dtype)
@@ -358,6 +389,7 @@ def embed(
     def back(dx: Array) -> Grads: return {f"{name}.weight": way(drop(dx)[0] * factor)}
     return x, back
 
+# %% ../../nbs/04_scratch.transformer.ipynb #tr-stack1b
 def stack(
     params: Params,  # of all blocks, and of the norm
     name: str,  # "blocks", "encoder" or "decoder"
@@ -383,6 +415,7 @@ def decoder(
     maps: Maps | None = None,  # gets the attention weights of every block
 ) -> tuple[Array, Back]:  # logits of the next token at each position, (B, T, V); dlogits -> gradients
     "A decoder-only transformer: what chapter 31 builds in PyTorch, with the same names."
+    if c.source_vocab: raise ConfigError(f"decoder: source_vocab={c.source_vocab}: a decoder-only model reads no source: use seq2seq, or set it to 0")
     check_params(params, c)
     x, back_embed = embed(params, "embed", c, rng, ids)
     looks = {"attn": Look(causal_mask(ids.shape[1], ids.shape[1]))}
@@ -403,7 +436,8 @@ def token_loss(
     smoothing: float = 0.0,  # share of the target that is spread over all tokens
 ) -> Loss:  # mean over the counted ones, nats
     "Cross-entropy of the counted targets, with label smoothing (Szegedy et al. 2016, 7)."
-    check_shape("token_loss", "targets", targets.shape, logits.shape[:-1])
+    check_targets("token_loss", logits, targets)
+    if not 0 <= smoothing < 1: raise ConfigError(f"smoothing={smoothing} is not a share: use 0 to 1")
     counted, V = targets != IGNORE, logits.shape[-1]
     if not counted.any(): raise DataError(f"token_loss: targets has shape {targets.shape}, and none is counted")
     if (bad := targets[counted & ((targets < 0) | (targets >= V))]).size: raise DataError(f"token_loss: target {bad[0]} is outside the vocabulary of {V} (0 to {V - 1})")
@@ -437,6 +471,7 @@ def encode(
         return {**grads, **back_embed(dx)}
     return memory, back
 
+# %% ../../nbs/04_scratch.transformer.ipynb #tr-s2s1b
 def decode(
     params: Params,  # see `param_shapes`
     inputs: Ints,  # what was written so far, (B, T)
@@ -482,6 +517,15 @@ def seq2seq(
 # %% ../../nbs/04_scratch.transformer.ipynb #tr-search1
 Step = Callable[[Ints, Ints], Array]  # beginnings (N, t), origin (N,) -> log-probabilities of what comes next, (N, V)
 
+def _asked(step: Step, texts: Ints, origin: Ints, eos: int) -> Array:
+    "What the model answers; DataError where that cannot be used."
+    log_p = step(texts, origin)
+    if log_p.ndim != 2 or len(log_p) != len(texts): raise DataError(f"step: log-probabilities have shape {log_p.shape}, wanted ({len(texts)}, V)")
+    if not 0 <= eos < log_p.shape[1]: raise ConfigError(f"eos={eos} is not one of {log_p.shape[1]} tokens")
+    if not (log_p.max(-1) > -np.inf).all(): raise DataError("step: a text has no possible next token (nan, or all -inf)")
+    return log_p
+
+# %% ../../nbs/04_scratch.transformer.ipynb #tr-search1b
 def greedy(
     step: Step,  # at the first call row i is source i
     n: int,  # sources
@@ -492,7 +536,7 @@ def greedy(
     "The most probable token, again and again."
     texts, ended, origin = np.full((n, 1), bos, np.int64), np.zeros(n, bool), np.arange(n)
     for _ in range(length):
-        token = np.where(ended, eos, step(texts, origin).argmax(-1))
+        token = np.where(ended, eos, _asked(step, texts, origin, eos).argmax(-1))
         texts, ended = np.c_[texts, token], ended | (token == eos)
         if ended.all(): break
     return [row[:row.index(eos)] if eos in row else row for row in texts[:, 1:].tolist()]
@@ -510,6 +554,7 @@ def _best(log_p: Array, rows: list[_Text], k: int) -> list[_Text]:
     order = np.argsort(-total, axis=None, kind="stable")[:k]
     return [_Text([*rows[i].ids, int(v)], float(total[i, v]), rows[i].row) for i, v in zip(*np.unravel_index(order, total.shape)) if total[i, v] > -np.inf]
 
+# %% ../../nbs/04_scratch.transformer.ipynb #tr-search2b
 def beam_search(
     step: Step,  # at the first call row i is source i
     n: int,  # sources
@@ -521,18 +566,20 @@ def beam_search(
 ) -> list[list[int]]:  # for each source its best text, without bos and eos
     "The best text that a beam finds: k beginnings are kept at every step."
     if beams < 1: raise ConfigError(f"beams={beams}: keep at least one text")
+    if length < 1: return [[] for _ in range(n)]
     live = [[_Text([bos], 0.0, i)] for i in range(n)]
     done: list[list[tuple[float, list[int]]]] = [[] for _ in range(n)]
     origin = np.arange(n)
     for t in range(1, length + 1):
-        log_p = step(np.array([text.ids for texts in live for text in texts]), origin)
+        log_p = _asked(step, np.array([text.ids for texts in live for text in texts]), origin, eos)
         price = ((5 + t) / 6) ** alpha
         for i, texts in enumerate(live):
             if not texts: continue
             found = _best(log_p, texts, 2 * beams)
             done[i] += [(x.log_p / price, x.ids[1:-1] if x.ids[-1] == eos else x.ids[1:]) for x in found[:beams] if x.ids[-1] == eos or t == length]
             live[i] = [x for x in found if x.ids[-1] != eos][:beams]
-            if t == length or len(done[i]) >= beams: live[i] = []
+            hope = max((x.log_p for x in live[i]), default=-np.inf) / price  # of the best text that is still open, as it stands
+            if t == length or (len(done[i]) >= beams and max(score for score, _ in done[i]) >= hope): live[i] = []
         origin = np.array([x.row for texts in live for x in texts], np.int64)
         if not len(origin): break
         live = _numbered(live)
@@ -552,6 +599,7 @@ def log_softmax(
     log_p: Array = z - np.log(np.exp(z).sum(-1, keepdims=True))
     return log_p
 
+# %% ../../nbs/04_scratch.transformer.ipynb #tr-stepper1b
 def next_token(
     params: Params,  # of an encoder-decoder
     source: Ints,  # (n, S)
@@ -562,7 +610,8 @@ def next_token(
     memory, at = encode(params, source, real, c)[0], np.arange(len(source))
     def step(texts: Ints, origin: Ints) -> Array:
         nonlocal at
-        at = at[origin]  # the source of each row
+        if texts.shape[1] == 1 and len(origin) != len(source): raise DataError(f"next_token: {len(origin)} texts begin, wanted one for each of {len(source)} sources")
+        at = (np.arange(len(source)) if texts.shape[1] == 1 else at)[origin]  # the source of each row
         return log_softmax(decode(params, texts, memory[at], real[at], c)[0][:, -1])
     return step
 
@@ -574,5 +623,5 @@ def noam(
     factor: float = 1.0,  # times this
 ) -> float:  # learning rate
     "Up in a straight line, down with the root of the step (Vaswani et al. 2017, eq. 3)."
-    if step < 1 or warmup < 1: raise ConfigError(f"noam: step={step}, warmup={warmup}: both count from 1")
+    if not (step >= 1 and warmup >= 1 and dim >= 1): raise ConfigError(f"noam: step={step}, warmup={warmup}, dim={dim}: all count from 1")
     return float(factor * dim**-0.5 * min(step**-0.5, step * warmup**-1.5))
