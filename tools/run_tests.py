@@ -27,7 +27,10 @@ class Outcome(NamedTuple):
     output: str = ""  # of pytest, to be shown if something failed
 
 
-def run_notebook(path: str, flags: list[str]) -> Outcome:
+Plain = tuple[int, int, int, float, str]  # an Outcome on its way between processes: a notebook may leave __main__ in a state in which a class cannot be pickled
+
+
+def run_notebook(path: str, flags: list[str]) -> Plain:
     "One notebook in this process."
     from nbdev.config import get_config
     from nbdev.test import test_nb
@@ -37,7 +40,7 @@ def run_notebook(path: str, flags: list[str]) -> Outcome:
     try: ok, seconds = test_nb(Path(path), skip_flags=get_config().tst_flags.split(), force_flags=flags, basepath=ROOT)
     finally:
         if hasattr(signal, "SIGALRM"): signal.alarm(0)
-    return Outcome(int(ok), int(not ok), 0, seconds)
+    return int(ok), int(not ok), 0, float(seconds), ""
 
 
 class Counter:
@@ -51,14 +54,14 @@ class Counter:
         if report.failed: self.failed += 1
 
 
-def run_file(path: str) -> Outcome:
+def run_file(path: str) -> Plain:
     "One file of tests in this process."
     import pytest
 
     tests, said, start = Counter(), io.StringIO(), time.time()
     with redirect_stdout(said), redirect_stderr(said): code = pytest.main([path, "--durations=5", "-p", "no:cacheprovider"], plugins=[tests])
     if code not in (0, 1): tests.failed += 1  # interrupted, an internal error, nothing collected
-    return Outcome(tests.passed, tests.failed, tests.skipped, time.time() - start, said.getvalue())
+    return tests.passed, tests.failed, tests.skipped, time.time() - start, said.getvalue()
 
 
 def run_all(paths: list[Path], flags: list[str], workers: int) -> dict[str, Outcome]:
@@ -71,7 +74,7 @@ def run_all(paths: list[Path], flags: list[str], workers: int) -> dict[str, Outc
         jobs = {pool.submit(run_notebook, str(p), flags) if p.suffix == ".ipynb" else pool.submit(run_file, str(p)): p for p in paths}
         for job in as_completed(jobs):
             name = jobs[job].name
-            try: o = job.result()
+            try: o = Outcome(*job.result())
             except Exception as e: o = Outcome(0, 1, 0, 0.0, f"{name}: {type(e).__name__}: {e}")
             done[name] = o
             if o.failed: print(o.output, file=sys.stderr)
