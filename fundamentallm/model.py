@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, Literal, NamedTuple, Self
@@ -32,9 +32,9 @@ from .kernels.rope import rope
 from .layers import Block, alibi_bias, alibi_slopes, apply_rope, make_norm, rope_tables, sinusoidal_positions
 
 # %% auto #0
-__all__ = ['Answer', 'ModelConfig', 'make_block', 'rotate_heads', 'fused_attention', 'Places', 'places', 'one_query', 'Positions',
-           'init_weights', 'LanguageModel', 'n_params', 'count_params', 'count_flops', 'flops_per_token', 'EngineRow',
-           'engine_rows', 'three_engines', 'engine_table']
+__all__ = ['Answer', 'explain_setting', 'ModelConfig', 'make_block', 'rotate_heads', 'fused_attention', 'Places', 'places',
+           'one_query', 'Positions', 'init_weights', 'LanguageModel', 'n_params', 'count_params', 'count_flops',
+           'flops_per_token', 'EngineRow', 'engine_rows', 'three_engines', 'engine_table']
 
 # %% ../nbs/31_model.ipynb #e145a966
 def _near(n: int, step: int) -> str:
@@ -67,16 +67,20 @@ def _check_shape(c: ModelConfig) -> None:
         raise ConfigError(f"positions=sinusoidal needs an even model.dim, not {c.dim}: try dim={_near(c.dim, 2 if c.d_head else 2 * c.n_heads)}")
 
 # %% ../nbs/31_model.ipynb #07efbb5f
-def _explain(error: ValidationError) -> str:
-    "One line for the first thing pydantic found: the setting, its value, and what to do."
-    e = error.errors()[0]
+def explain_setting(
+    error: ValidationError,  # what pydantic found
+    names: Iterable[str],    # the settings there are
+    prefix: str = "",        # written before each, such as "model."
+) -> str:                    # one line for the first mistake: the setting, its value, and what to do
+    "Pydantic's page of complaints, as the one line that helps."
+    e, known = error.errors()[0], list(names)
     key = ".".join(map(str, e["loc"]))
+    if e["type"] == "missing": return f"{prefix}{key} is not given: it is required"
     if e["type"] == "extra_forbidden":
-        names = list(ModelConfig.model_fields)
-        near = get_close_matches(key, names, n=1, cutoff=0.5)
-        return f"model.{key} is not a setting: " + (f"did you mean model.{near[0]}?" if near else f"there are {', '.join(names)}")
+        near = get_close_matches(key, known, n=1, cutoff=0.5)
+        return f"{prefix}{key} is not a setting: " + (f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(known)}")
     wish = e["msg"].removeprefix("Input ").removeprefix("Value error, ")
-    return f"model.{key}={e['input']!r}: it {wish}" if key else wish
+    return f"{prefix}{key}={e['input']!r}: it {wish}" if key else wish
 
 # %% ../nbs/31_model.ipynb #b2eadbc8
 class ModelConfig(BaseModel):
@@ -105,7 +109,7 @@ class ModelConfig(BaseModel):
     @classmethod
     def _one_line(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         try: config = handler(data)
-        except ValidationError as e: raise ConfigError(_explain(e)) from None
+        except ValidationError as e: raise ConfigError(explain_setting(e, cls.model_fields, "model.")) from None
         _check_shape(config)
         return config
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from difflib import get_close_matches
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -26,7 +25,7 @@ from .attention import Attend, Attention, KVCache, Rotate, attention, attention_
 from .core import CheckpointError, ConfigError, DataError, atomic_dir, atomic_file
 from .dataset import IGNORE, ROUNDS, Ids, Ints, epoch_keys, permute
 from .layers import Block, make_ff, make_norm
-from .model import ModelConfig, Positions
+from .model import ModelConfig, Positions, explain_setting
 from .pairs import EncodedPairs, PairBatch, pad_batch, pair_batch
 from .scratch.transformer import Step, beam_search, greedy
 from .tokenizer import Tokenizer
@@ -37,16 +36,6 @@ __all__ = ['Seq2SeqConfig', 'relative_buckets', 'RelativeBias', 'CrossAttention'
            'alignments', 'save_seq2seq', 'load_seq2seq']
 
 # %% ../nbs/32_seq2seq.ipynb #sq-explain
-def _explain(error: ValidationError) -> str:
-    "One line for the first thing pydantic found: the setting, its value, and what to do."
-    e = error.errors()[0]
-    key = ".".join(map(str, e["loc"]))
-    if e["type"] == "extra_forbidden":
-        near = get_close_matches(key, list(Seq2SeqConfig.model_fields), n=1, cutoff=0.5)
-        return f"{key} is not a setting of Seq2SeqConfig: " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(Seq2SeqConfig.model_fields)}")
-    wish = e["msg"].removeprefix("Input ").removeprefix("Value error, ")
-    return f"{key}={e['input']!r}: it {wish}" if e["type"] != "missing" else f"{key} is not given: it is required"
-
 def _check(c: Seq2SeqConfig) -> None:
     "Raise ConfigError where two settings contradict each other."
     two = 2 if c.positions == "rope" else 1
@@ -82,7 +71,7 @@ class Seq2SeqConfig(BaseModel):
     @classmethod
     def _one_line(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         try: config = handler(data)
-        except ValidationError as e: raise ConfigError(_explain(e)) from None
+        except ValidationError as e: raise ConfigError(explain_setting(e, cls.model_fields)) from None
         _check(config)
         return config
 
